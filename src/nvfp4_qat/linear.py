@@ -1,0 +1,119 @@
+"""`QATLinear`: an `nn.Linear` that computes with the 4-bit value of its weight.
+
+The module keeps its class family, parameters, hooks and state dict keys; only ``forward`` differs. It computes
+``F.linear(x, ŵ, bias)`` with ``ŵ`` dequantized from the packed copy, and its gradient for the weight is that of ``ŵ``,
+unchanged (straight-through estimator). For backward it saves the input and a reference to the master weight, no bf16
+copy: ``ŵ`` is dequantized again when the input's gradient needs it.
+
+Compiled code reaches the packed copy through two custom operators whose result depends on the master weight alone, so
+that caching is invisible to the compiler: freshness is checked when the compiled code runs, not when it is traced. The
+operator used in backward also takes the incoming gradient: without that the partitioner would merge it with the one in
+forward and keep the bf16 weight.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .state import PackedWeight, QATModule
+
+
+def _cudagraph_unsafe() -> tuple[Any, ...]:
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)  # the check for freshness runs on the host
+    return (tag,) if tag is not None else ()
+
+
+@torch.library.custom_op("nvfp4_qat::read", mutates_args=(), tags=_cudagraph_unsafe())
+def _read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = PackedWeight.lookup(handle)
+    return weight.read(dtype), torch.tensor(weight.generation)
+
+
+@_read.register_fake
+def _(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return master.new_empty(master.shape, dtype=dtype), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("nvfp4_qat::read_again", mutates_args=(), tags=_cudagraph_unsafe())
+def _read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    return PackedWeight.lookup(handle).read_again(dtype, int(generation))
+
+
+@_read_again.register_fake
+def _(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    return master.new_empty(master.shape, dtype=dtype)
+
+
+def read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The dequantized weight and its generation, int64 ``[]``; skips the dispatcher where nothing is traced."""
+    if torch.compiler.is_compiling():
+        result: tuple[Tensor, Tensor] = _read(master, handle, dtype)
+        return result
+    weight = PackedWeight.lookup(handle)
+    return weight.read(dtype), torch.tensor(weight.generation)
+
+
+def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    """The same weight once more, in the backward of the forward that saw ``generation``."""
+    if torch.compiler.is_compiling():
+        result: Tensor = _read_again(master, handle, generation, dtype, after)
+        return result
+    return PackedWeight.lookup(handle).read_again(dtype, int(generation))
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` with a dequantized weight; the derivative of dequantization is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+        w, generation = read(master, handle, x.dtype)
+        ctx.save_for_backward(x, master, handle, generation)
+        return F.linear(x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, master, handle, generation = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_master = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            w = read_again(master, handle, generation, x.dtype, grad)
+            grad_x = (rows @ w).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_master = (x.reshape(-1, x.shape[-1]).t() @ rows).t().to(master.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_master, grad_bias, None
+
+
+class QATLinear(QATModule, nn.Linear):
+    """An `nn.Linear` whose forward sees its weight through NVFP4. Made by `nvfp4_qat.apply_qat`, not constructed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` ``[..., in_features]`` → ``[..., out_features]``, as `nn.Linear` (autocast included)."""
+        bias: Tensor | None = self.bias
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        elif input.dtype != self.weight.dtype:
+            raise RuntimeError(f"expected an input of dtype {self.weight.dtype}, as the weight, but got {input.dtype}")
+        result: Tensor = _Linear.apply(input, self.weight, bias, self._qat_handle)  # type: ignore[no-untyped-call]
+        return result
+
+    @property
+    def _qat_handle(self) -> Tensor:
+        return self._qat_handles["weight"]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight=nvfp4"
+
+
+def to_qat_linear(module: nn.Linear, weight: PackedWeight) -> QATLinear:
+    """Turn an `nn.Linear` into a `QATLinear` in place; parameters, hooks and training state stay."""
+    assert type(module) is nn.Linear
+    module.__class__ = QATLinear
+    assert isinstance(module, QATLinear)
+    module._bind_qat({"weight": weight})
+    return module

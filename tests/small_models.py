@@ -1,0 +1,96 @@
+"""Models small enough for a test, and the straight-through reference they are compared with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp4_qat import ops
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, g):
+        return ops.quantize(w, g).dequantize(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def straight_through(w: Tensor, *siblings: Tensor, batch_dims: int = 0, policy: str = "pow2") -> Tensor:
+    """The definition: the dequantized weight in forward, the identity in backward; siblings share the global scale."""
+    amaxes = [ops.amax(t, batch_dims) for t in (w, *siblings)]
+    return _StraightThrough.apply(w, ops.global_scale(torch.stack(amaxes).amax(0), policy))
+
+
+class MLP(nn.Module):
+    """gate, up and down as in Llama, so that gate and up share a global scale; a head that stays bf16."""
+
+    def __init__(self, width: int = 32, hidden: int = 48, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Forward through the definition, from the same parameters."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        hidden = F.silu(F.linear(x, straight_through(gate.weight, up.weight), gate.bias))
+        hidden = hidden * F.linear(x, straight_through(up.weight, gate.weight), up.bias)
+        return F.linear(hidden, straight_through(down.weight), down.bias)
+
+
+class Stack(nn.Module):
+    """A few MLP blocks and an unquantized head."""
+
+    def __init__(self, depth: int = 2, width: int = 32, hidden: int = 48, bias: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MLP(width, hidden, bias) for _ in range(depth))
+        self.lm_head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.lm_head(x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block.reference(x)
+        return self.lm_head(x)
+
+
+def stack(seed: int = 0, **kwargs) -> Stack:
+    torch.manual_seed(seed)
+    model = Stack(**kwargs)
+    with torch.no_grad():  # siblings of different size: a shared scale must show
+        for block in model.blocks:
+            block.gate_proj.weight.mul_(7.0)
+    return model
+
+
+def qwen3_moe(seed: int = 0, implementation: str = "eager", **overrides):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64, tie_word_embeddings=False, **overrides,
+    )  # fmt: skip
+    config._experts_implementation = implementation
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
+
+
+def qwen3(seed: int = 0, **overrides):
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(**{
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False,
+        **overrides,
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)

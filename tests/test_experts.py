@@ -1,0 +1,210 @@
+"""Module mode of fused experts: every experts implementation, real models, and no bf16 copy of the experts."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_models import qwen3_moe, straight_through
+from torch.autograd.graph import saved_tensors_hooks
+
+import nvfp4_qat as nq
+
+ON = nq.QATConfig(enable=True)
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+
+
+def reference_of(model):
+    """A copy whose parameters are replaced by their straight-through values, computed by the definition."""
+    from torch.nn.utils import parametrize
+
+    twin = copy.deepcopy(model)
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, *siblings, batch_dims=0):
+            super().__init__()
+            self.siblings, self.batch_dims = siblings, batch_dims
+
+        def forward(self, w):
+            return straight_through(w, *(s() for s in self.siblings), batch_dims=self.batch_dims)
+
+    for layer in twin.model.layers:
+        attention, experts = layer.self_attn, layer.mlp.experts
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        originals = [m.weight.detach().clone() for m in qkv]
+        for i, m in enumerate(qkv):
+            others = [lambda t=t: t for j, t in enumerate(originals) if j != i]
+            parametrize.register_parametrization(m, "weight", Quantized(*others))
+        parametrize.register_parametrization(attention.o_proj, "weight", Quantized())
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(experts, name, Quantized(batch_dims=1))
+    return twin
+
+
+def master_grads(model):
+    return {
+        name.replace("parametrizations.", "").replace(".original", ""): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_qwen3_moe_equals_the_definition_bitwise(implementation, dtype):
+    model = qwen3_moe(implementation=implementation).to(dtype)
+    reference = reference_of(model)
+    plan = nq.apply_qat(model, ON)
+    assert {e.kind for e in plan.quantized} == {"linear", "experts"}
+    assert isinstance(model.model.layers[0].mlp.experts, nq.QATExperts)
+    ids = torch.randint(0, 64, (2, 9))
+    y, expected = model(ids).logits, reference(ids).logits
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    got, want = master_grads(model), master_grads(reference)
+    assert got.keys() == want.keys()
+    assert [n for n in got if not torch.equal(got[n], want[n])] == []
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(implementation, use_reentrant):
+    model = qwen3_moe(implementation=implementation)
+    nq.apply_qat(model, ON)
+    ids = torch.randint(0, 64, (2, 9))
+    model(ids).logits.square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    model(ids).logits.square().sum().backward()
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert [n for n in expected if not torch.equal(got[n], expected[n])] == []
+
+
+def bytes_kept_for_backward(experts, *inputs):
+    """Bytes that autograd holds beyond the parameters, each storage once, and the output."""
+    saved: list[torch.Tensor] = []
+    with saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        out = experts(*inputs)
+    masters = {p.untyped_storage()._cdata for p in experts.parameters()}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in saved}
+    return sum(s.nbytes() for key, s in storages.items() if key not in masters), out
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_no_bf16_copy_of_the_experts_is_kept_between_forward_and_backward(implementation):
+    model = qwen3_moe(implementation=implementation).bfloat16()
+    experts = model.model.layers[0].mlp.experts
+    hidden = torch.randn(9, 32, dtype=torch.bfloat16, requires_grad=True)
+    inputs = hidden, torch.randint(0, 4, (9, 2)), torch.rand(9, 2, dtype=torch.bfloat16)
+    plain, _ = bytes_kept_for_backward(experts, *inputs)
+    nq.apply_qat(model, ON)
+    kept, out = bytes_kept_for_backward(experts, *inputs)
+    assert kept <= plain + 64, f"{kept - plain} bytes more than without quantization; down_proj in bf16 has 4096"
+    out.sum().backward()
+    assert experts.down_proj.grad is not None and hidden.grad is not None
+
+
+def test_backward_twice_with_retain_graph():
+    model = qwen3_moe(implementation="grouped_mm")
+    nq.apply_qat(model, ON)
+    loss = model(torch.randint(0, 64, (2, 9))).logits.square().sum()
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * first[n]) for n, p in model.named_parameters() if n in first)
+
+
+def test_saved_tensor_offloading_keeps_working():
+    model = qwen3_moe()
+    nq.apply_qat(model, ON)
+    ids = torch.randint(0, 64, (2, 9))
+    model(ids).logits.square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with torch.autograd.graph.save_on_cpu():
+        y = model(ids).logits.square().sum()
+    y.backward()
+    assert all(torch.equal(model.get_parameter(n).grad, g) for n, g in expected.items())
+
+
+def test_frozen_experts_pass_gradients_to_what_is_below():
+    model = qwen3_moe()
+    nq.apply_qat(model, ON)
+    for layer in model.model.layers:
+        layer.mlp.experts.requires_grad_(False)
+    model(torch.randint(0, 64, (2, 9))).logits.square().sum().backward()
+    assert model.model.layers[0].mlp.experts.down_proj.grad is None
+    assert float(model.model.embed_tokens.weight.grad.abs().sum()) > 0
+
+
+def test_experts_under_autocast_run_in_bf16():
+    model = qwen3_moe(implementation="grouped_mm")
+    nq.apply_qat(model, ON)
+    twin = copy.deepcopy(model)
+    ids = torch.randint(0, 64, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids).logits.float().square().sum().backward()
+    assert model.model.layers[0].mlp.experts.down_proj.grad.dtype == torch.float32
+    with torch.no_grad():
+        experts, reference = model.model.layers[0].mlp.experts, twin.model.layers[0].mlp.experts.to(torch.bfloat16)
+        x, index, weights = torch.randn(9, 32).bfloat16(), torch.randint(0, 4, (9, 2)), torch.rand(9, 2).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = experts(x, index, weights)
+        assert torch.equal(y, reference(x, index, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_optimizer_steps_are_seen(implementation):
+    model = qwen3_moe(implementation=implementation)
+    nq.apply_qat(model, ON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    ids = torch.randint(0, 64, (2, 9))
+    for _ in range(2):
+        model(ids).logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh = qwen3_moe(implementation=implementation)
+    fresh.load_state_dict(model.state_dict())
+    nq.apply_qat(fresh, ON)
+    assert torch.equal(model(ids).logits, fresh(ids).logits)
+
+
+def test_copy_pickle_and_save(tmp_path):
+    model = qwen3_moe()
+    keys = list(model.state_dict())
+    nq.apply_qat(model, ON)
+    assert list(model.state_dict()) == keys
+    ids = torch.randint(0, 64, (1, 5))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin.model.layers[0].mlp.experts, nq.QATExperts)
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        with torch.no_grad():
+            twin.model.layers[0].mlp.experts.down_proj.mul_(2)
+        assert not torch.equal(twin(ids).logits, model(ids).logits)
+    model.save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+def test_compiles_with_grouped_mm():
+    torch._dynamo.reset()
+    model = qwen3_moe(implementation="grouped_mm").bfloat16()
+    nq.apply_qat(model, ON)
+    experts = model.model.layers[0].mlp.experts
+    x, index = torch.randn(9, 32, dtype=torch.bfloat16), torch.randint(0, 4, (9, 2))
+    weights = torch.rand(9, 2, dtype=torch.bfloat16)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.AdamW(experts.parameters(), lr=1e-2, fused=True)
+    for _ in range(2):
+        got = compiled(x, index, weights)
+        assert torch.equal(got, experts(x, index, weights))
+        got.float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,199 @@
+"""Training never computes with a stale 4-bit copy: every way to change a weight, and the check behind them all."""
+
+import copy
+
+import pytest
+import torch
+from small_models import stack
+from torch import nn
+
+import nvfp4_qat as nq
+from nvfp4_qat.core import pack_from_masters
+
+ON = nq.QATConfig(enable=True)
+
+
+def assert_fresh(model) -> None:
+    x = torch.randn(3, 32)
+    assert torch.equal(model(x), model.reference(x))
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=False),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-3, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_optimizer_steps(name, made):
+    model = stack()
+    make = OPTIMIZERS[name]
+    optimizer = make(model.parameters()) if made == "before" else None
+    nq.apply_qat(model, ON)
+    optimizer = optimizer or make(model.parameters())
+    for _ in range(3):
+        old = model.blocks[0].down_proj.weight.detach().clone()
+        model(torch.randn(4, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(old, model.blocks[0].down_proj.weight)
+        assert_fresh(model)
+
+
+def test_an_optimizer_for_some_weights_repacks_their_groups_only():
+    model = stack()
+    nq.apply_qat(model, ON)
+    model(torch.randn(4, 32)).sum().backward()
+    block, other = model.blocks
+    generation = lambda layer: layer._qat_weights["weight"].generation  # noqa: E731
+    before = {n: generation(m) for n, m in model.named_modules() if isinstance(m, nq.QATLinear)}
+    torch.optim.SGD([block.gate_proj.weight], lr=0.5).step()
+    assert_fresh(model)
+    after = {n: generation(m) for n, m in model.named_modules() if isinstance(m, nq.QATLinear)}
+    assert {n for n in after if after[n] != before[n]} == {"blocks.0.gate_proj", "blocks.0.up_proj"}
+
+
+def edit_no_grad(model):
+    with torch.no_grad():
+        model.blocks[0].up_proj.weight[3] *= 2.0
+
+
+def edit_data(model):
+    model.blocks[0].up_proj.weight.data.mul_(2.0)
+
+
+def edit_data_add(model):
+    model.blocks[0].up_proj.weight.data += 1.0
+
+
+def assign_data(model):
+    model.blocks[0].up_proj.weight.data = torch.randn(48, 32)
+
+
+def assign_parameter(model):
+    model.blocks[0].up_proj.weight = nn.Parameter(torch.randn(48, 32))
+
+
+def load(model):
+    other = stack(seed=1)
+    model.load_state_dict(other.state_dict())
+
+
+def load_assign(model):
+    model.load_state_dict(stack(seed=1).state_dict(), assign=True)
+
+
+def load_layer(model):
+    model.blocks[0].up_proj.load_state_dict(stack(seed=1).blocks[0].up_proj.state_dict())
+
+
+def write_state_dict_alias(model):
+    state = model.state_dict()
+    state["blocks.0.up_proj.weight"].data.copy_(torch.randn(48, 32))  # what a checkpoint reader may do
+
+
+def to_empty(model):
+    state = copy.deepcopy(model.state_dict())
+    model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        p.data.copy_(state[name] * 3)
+
+
+def vector_to_parameters(model):
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat * 1.7, model.parameters())
+
+
+def twice(model):
+    edit_data(model)
+    model(torch.randn(1, 32))
+    edit_data(model)
+
+
+EDITS = [
+    edit_no_grad, edit_data, edit_data_add, assign_data, assign_parameter, load, load_assign, load_layer,
+    write_state_dict_alias, to_empty, vector_to_parameters, twice,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
+def test_edits(edit):
+    model = stack()
+    nq.apply_qat(model, ON)
+    assert_fresh(model)
+    before = model(torch.ones(1, 32))
+    edit(model)
+    assert not torch.equal(before, model(torch.ones(1, 32)))
+    assert_fresh(model)
+
+
+def test_a_replaced_parameter_is_watched_like_the_first():
+    model = stack()
+    nq.apply_qat(model, ON)
+    assign_parameter(model)
+    assert_fresh(model)
+    edit_data(model)
+    assert_fresh(model)
+
+
+def test_weights_may_be_loaded_after_apply_qat_on_meta():
+    with torch.device("meta"):
+        model = stack()
+    nq.apply_qat(model, ON)
+    model.load_state_dict(stack(seed=3).state_dict(), assign=True)
+    assert_fresh(model)
+
+
+def invisible_write(weight: torch.Tensor) -> None:
+    """A write PyTorch cannot see, as a foreign optimizer's kernel makes it."""
+    weight.detach().numpy()[:] *= 1.5
+
+
+def test_an_invisible_write_is_an_error_at_the_next_export_and_names_every_weight():
+    model = stack()
+    nq.apply_qat(model, ON)
+    model(torch.randn(2, 32))
+    for layer in (model.blocks[0].up_proj, model.blocks[1].down_proj):
+        invisible_write(layer.weight)
+    with pytest.raises(nq.StaleWeightsError) as error:
+        list(pack_from_masters(model))
+    assert "blocks.0.up_proj.weight" in str(error.value) and "blocks.1.down_proj.weight" in str(error.value)
+    assert "blocks.1.up_proj.weight" not in str(error.value)
+    nq.refresh(model)
+    list(pack_from_masters(model))
+    assert_fresh(model)
+
+
+def test_packing_again_agrees_with_training_and_leaves_it_fresh():
+    model = stack()
+    nq.apply_qat(model, ON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    sent = {entry.name: value for entry, value in pack_from_masters(model)}  # before any forward of the new weights
+    kept = {w.name: w for m in model.modules() if isinstance(m, nq.QATLinear) for w in m._qat_weights.values()}
+    assert sent.keys() == kept.keys() == {entry.name for entry in nq.qat_plan(model).quantized}
+    generations = {name: w.generation for name, w in kept.items()}
+    assert_fresh(model)
+    for name, value in sent.items():
+        assert kept[name].holds(value)
+        assert kept[name].generation == generations[name], "packed twice for one optimizer step"
+        assert (
+            kept[name].value.packed.data_ptr() != value.packed.data_ptr()
+        )  # later steps must not change what was sent
+
+
+def test_nan_in_a_weight_names_the_tensor():
+    model = stack()
+    nq.apply_qat(model, ON)
+    with torch.no_grad():
+        model.blocks[1].up_proj.weight[2, 5] = float("nan")
+    with pytest.raises(nq.UserError, match=r"blocks\.1\.up_proj\.weight holds NaN"):
+        model(torch.randn(2, 32))
+    with pytest.raises(nq.UserError, match=r"blocks\.1\.up_proj\.weight holds NaN"):
+        list(pack_from_masters(model))

@@ -1,0 +1,98 @@
+"""LoRA on top of 4-bit weights: the base is packed once and frozen, adapters stay as they are, merging is refused."""
+
+import copy
+
+import pytest
+import torch
+from small_models import qwen3, qwen3_moe
+
+import nvfp4_qat as nq
+
+peft = pytest.importorskip("peft")
+ON = nq.QATConfig(enable=True)
+IDS = torch.arange(10).view(2, 5)
+
+
+def lora(model, targets=("q_proj", "gate_proj")):
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False))
+
+
+def adapters(model):
+    return {n: p for n, p in model.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize("order", ["adapters first", "qat first"])
+def test_the_base_is_packed_once_and_adapters_train(order):
+    model = qwen3()
+    if order == "qat first":
+        nq.apply_qat(model, ON)
+        wrapped = lora(model)
+    else:
+        wrapped = lora(model)
+        plan = nq.apply_qat(wrapped, ON)
+        assert not [e for e in plan.quantized if "lora" in e.name]
+        assert {s.reason for s in plan.skipped if "lora_" in s.name} and all(
+            "adapter" in s.reason for s in plan.skipped if "lora_" in s.name
+        )
+    layers = [m for m in wrapped.modules() if isinstance(m, nq.QATLinear)]
+    assert len(layers) == 2 * 7
+    assert not [n for n, m in wrapped.named_modules() if isinstance(m, nq.QATLinear) and "lora_" in n]
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    before = {n: p.detach().clone() for n, p in adapters(wrapped).items()}
+    for _ in range(3):
+        wrapped(IDS).logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[n]) for n, p in adapters(wrapped).items())
+    assert {layer._qat_weights["weight"].generation for layer in layers} == {1}
+    assert all(layer.weight.grad is None for layer in layers)
+
+
+def test_forward_is_quantized_base_plus_adapter():
+    wrapped = lora(qwen3())
+    nq.apply_qat(wrapped, ON)
+    layer = wrapped.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    adapter = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+    assert torch.equal(layer(x), layer.base_layer(x) + adapter)
+
+
+@pytest.mark.parametrize("order", ["adapters first", "qat first"])
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "layer", "safe"])
+def test_merging_is_refused_and_changes_nothing(order, how):
+    model = qwen3()
+    if order == "qat first":
+        nq.apply_qat(model, ON)
+    wrapped = lora(model)
+    if order == "adapters first":
+        nq.apply_qat(wrapped, ON)
+    before = copy.deepcopy({n: p.detach() for n, p in wrapped.named_parameters()})
+    with pytest.raises(nq.UserError, match="merging an adapter into 4-bit weights is refused"):
+        if how == "merge_adapter":
+            wrapped.merge_adapter()
+        elif how == "merge_and_unload":
+            wrapped.merge_and_unload()
+        elif how == "safe":
+            wrapped.merge_adapter(safe_merge=True)
+        else:
+            wrapped.base_model.model.model.layers[0].self_attn.q_proj.merge()
+    assert all(torch.equal(p, before[n]) for n, p in wrapped.named_parameters())
+    wrapped(IDS)
+
+
+def test_saved_adapters_load_onto_a_quantized_base(tmp_path):
+    wrapped = lora(qwen3())
+    nq.apply_qat(wrapped, ON)
+    wrapped.save_pretrained(tmp_path)
+    base = qwen3()
+    nq.apply_qat(base, ON)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(wrapped(IDS).logits, again(IDS).logits)
+    assert not [n for n, m in again.named_modules() if isinstance(m, nq.QATLinear) and "lora_" in n]
+
+
+def test_experts_with_adapters_on_attention():
+    wrapped = lora(qwen3_moe(), targets=("q_proj", "v_proj"))
+    nq.apply_qat(wrapped, ON)
+    wrapped(IDS).logits.square().sum().backward()
+    assert all(p.grad is not None for p in adapters(wrapped).values())
