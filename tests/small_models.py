@@ -1,5 +1,7 @@
 """Models small enough for a test, and the straight-through reference they are compared with."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,11 +76,11 @@ def stack(seed: int = 0, **kwargs) -> Stack:
 def qwen3_moe(seed: int = 0, implementation: str = "eager", **overrides):
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=64, tie_word_embeddings=False, **overrides,
-    )  # fmt: skip
+    config = Qwen3MoeConfig(**{
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False, **overrides,
+    })  # fmt: skip
     config._experts_implementation = implementation
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
@@ -94,3 +96,38 @@ def qwen3(seed: int = 0, **overrides):
     })  # fmt: skip
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config)
+
+
+def reference_of(model):
+    """A copy whose parameters are replaced by their straight-through values, computed by the definition."""
+    from torch.nn.utils import parametrize
+
+    twin = copy.deepcopy(model)
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, *siblings, batch_dims=0):
+            super().__init__()
+            self.siblings, self.batch_dims = siblings, batch_dims
+
+        def forward(self, w):
+            return straight_through(w, *(s() for s in self.siblings), batch_dims=self.batch_dims)
+
+    for layer in twin.model.layers:
+        attention, experts = layer.self_attn, layer.mlp.experts
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        originals = [m.weight.detach().clone() for m in qkv]
+        for i, m in enumerate(qkv):
+            others = [lambda t=t: t for j, t in enumerate(originals) if j != i]
+            parametrize.register_parametrization(m, "weight", Quantized(*others))
+        parametrize.register_parametrization(attention.o_proj, "weight", Quantized())
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(experts, name, Quantized(batch_dims=1))
+    return twin
+
+
+def master_grads(model):
+    return {
+        name.replace("parametrizations.", "").replace(".original", ""): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }

@@ -5,48 +5,13 @@ import pickle
 
 import pytest
 import torch
-from small_models import qwen3_moe, straight_through
+from small_models import master_grads, qwen3_moe, reference_of
 from torch.autograd.graph import saved_tensors_hooks
 
 import nvfp4_qat as nq
 
 ON = nq.QATConfig(enable=True)
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
-
-
-def reference_of(model):
-    """A copy whose parameters are replaced by their straight-through values, computed by the definition."""
-    from torch.nn.utils import parametrize
-
-    twin = copy.deepcopy(model)
-
-    class Quantized(torch.nn.Module):
-        def __init__(self, *siblings, batch_dims=0):
-            super().__init__()
-            self.siblings, self.batch_dims = siblings, batch_dims
-
-        def forward(self, w):
-            return straight_through(w, *(s() for s in self.siblings), batch_dims=self.batch_dims)
-
-    for layer in twin.model.layers:
-        attention, experts = layer.self_attn, layer.mlp.experts
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        originals = [m.weight.detach().clone() for m in qkv]
-        for i, m in enumerate(qkv):
-            others = [lambda t=t: t for j, t in enumerate(originals) if j != i]
-            parametrize.register_parametrization(m, "weight", Quantized(*others))
-        parametrize.register_parametrization(attention.o_proj, "weight", Quantized())
-        for name in ("gate_up_proj", "down_proj"):
-            parametrize.register_parametrization(experts, name, Quantized(batch_dims=1))
-    return twin
-
-
-def master_grads(model):
-    return {
-        name.replace("parametrizations.", "").replace(".original", ""): p.grad
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
