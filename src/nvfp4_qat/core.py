@@ -34,7 +34,7 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
 
     Args:
         model: a model on any device; on ``meta`` the weights may be loaded later.
-        config: what to quantize and how. With ``enable=False`` nothing happens, with a warning.
+        config: what to quantize and how. With ``enable=False`` the model is left as it is, with a warning.
         gather: only None so far: module mode.
 
     Returns:
@@ -51,7 +51,6 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
     plan = QuantPlan.from_model(model, config)
     if not config.enable:
         warnings.warn("QATConfig.enable is False: the model trains without quantization", stacklevel=2)
-        model._nvfp4_plan = plan  # type: ignore[assignment]
         return plan
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     by_module: dict[str, dict[str, PackedWeight]] = defaultdict(dict)

@@ -1,0 +1,98 @@
+"""`apply_qat` as a whole: what it refuses, that it changes nothing when it refuses, and real architectures end to end."""
+
+import pytest
+import torch
+from small_models import qwen3, qwen3_moe, stack
+from torch import nn
+
+import nvfp4_qat as nq
+from nvfp4_qat.core import pack_from_masters
+
+ON = nq.QATConfig(enable=True)
+
+
+def classes(model):
+    return [type(m) for m in model.modules()]
+
+
+def test_disabled_does_nothing_and_says_so():
+    model = stack()
+    before = classes(model)
+    with pytest.warns(UserWarning, match="enable is False"):
+        plan = nq.apply_qat(model, nq.QATConfig())
+    assert classes(model) == before and len(plan.quantized) == 6
+    with pytest.raises(nq.UserError, match="call nvfp4_qat.apply_qat"):
+        nq.qat_plan(model)
+
+
+def test_twice_is_refused():
+    model = stack()
+    nq.apply_qat(model, ON)
+    with pytest.raises(nq.UserError, match="before"):
+        nq.apply_qat(model, ON)
+
+
+def test_gather_mode_is_not_there_yet():
+    with pytest.raises(nq.UserError, match="gather"):
+        nq.apply_qat(stack(), ON, gather="nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("re:.*gate_proj",), "splits the fusion group"),
+        (("blocks", "lm_head"), "nothing"),
+    ],
+)
+def test_a_bad_pattern_leaves_the_model_as_it_was(patterns, message):
+    model = stack()
+    before = classes(model)
+    with pytest.raises(nq.UserError, match=message):
+        nq.apply_qat(model, nq.QATConfig(enable=True, ignore_patterns=patterns))
+    assert classes(model) == before
+
+
+def test_odd_k_stays_bf16_with_its_reason():
+    model = nn.ModuleDict({"a": nn.Linear(24, 32), "b": nn.Linear(32, 24)})
+    plan = nq.apply_qat(model, ON)
+    assert type(model["a"]) is nn.Linear and type(model["b"]) is nq.QATLinear
+    assert [s.reason for s in plan.skipped] == ["K = 24 is not divisible by 16"]
+
+
+def test_a_weight_that_became_a_plain_tensor_is_an_error_when_used():
+    model = stack()
+    nq.apply_qat(model, ON)
+    layer = model.blocks[0].up_proj
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight  # what FSDP1 does with the views of its flat parameter
+    with pytest.raises(nq.UserError, match="no longer a parameter"):
+        model(torch.randn(2, 32))
+
+
+@pytest.mark.parametrize("build", [qwen3, qwen3_moe])
+@pytest.mark.parametrize("patterns", [("lm_head", "re:.*mlp.gate$"), ("lm_head", "re:.*mlp.gate$", "re:.*self_attn.*")])
+def test_real_models_pack_exactly_the_plan(build, patterns):
+    model = build()
+    plan = nq.apply_qat(model, nq.QATConfig(enable=True, ignore_patterns=patterns))
+    packed = dict((entry.name, value) for entry, value in pack_from_masters(model))
+    assert list(packed) and packed.keys() == {entry.name for entry in plan.quantized}
+    for entry in plan.quantized:
+        master = model.get_parameter(entry.name)
+        assert packed[entry.name].shape == master.shape == torch.Size(entry.shape)
+        error = (packed[entry.name].dequantize(torch.float32) - master).abs().max() / master.abs().max()
+        assert 0 < error < 0.2
+    shared = {m.group: {float(g) for g in packed[m.name].global_scale.flatten()} for m in plan.quantized}
+    for members in plan.groups().values():
+        scales = [packed[m.name].global_scale for m in members]
+        assert all(torch.equal(s, scales[0]) for s in scales)
+    assert len(shared) == len(plan.groups())
+    assert any("self_attn" in name for name in packed) == ("re:.*self_attn.*" not in patterns)
+    model(torch.randint(0, 64, (1, 4))).logits.sum().backward()
+
+
+def test_the_plan_survives_wrapping():
+    model = stack()
+    plan = nq.apply_qat(model, ON)
+    assert nq.qat_plan(nn.Sequential(model)) is plan
+    assert nq.qat_plan(torch.compile(model)) is plan
