@@ -1,4 +1,4 @@
-"""`apply_qat` as a whole: what it refuses, that it changes nothing when it refuses, and real architectures end to end."""
+"""`apply_qat` as a whole: what it refuses, that a refusal changes nothing, and real architectures end to end."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_weight_that_became_a_plain_tensor_is_an_error_when_used():
 def test_real_models_pack_exactly_the_plan(build, patterns):
     model = build()
     plan = nq.apply_qat(model, nq.QATConfig(enable=True, ignore_patterns=patterns))
-    packed = dict((entry.name, value) for entry, value in pack_from_masters(model))
+    packed = {entry.name: value for entry, value in pack_from_masters(model)}
     assert list(packed) and packed.keys() == {entry.name for entry in plan.quantized}
     for entry in plan.quantized:
         master = model.get_parameter(entry.name)
