@@ -14,6 +14,14 @@ ON = nq.QATConfig(enable=True)
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 
 
+@pytest.fixture(autouse=True)
+def _same_sums():
+    """batched_mm adds the gradients of an expert's tokens in the order threads finish, unless told otherwise."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_qwen3_moe_equals_the_definition_bitwise(implementation, dtype):

@@ -66,14 +66,15 @@ class _StandIn:
     """The experts module with other tensors under the names of its quantized parameters."""
 
     def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        self.__dict__["_module"] = module
-        self.__dict__.update(weights)
+        object.__setattr__(self, "_module", module)
+        for name, weight in weights.items():
+            object.__setattr__(self, name, weight)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        return getattr(object.__getattribute__(self, "_module"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_module"], name, value)
+        setattr(self._module, name, value)
 
 
 class QATExperts(QATModule):
