@@ -71,7 +71,7 @@ class _StandIn:
             object.__setattr__(self, name, weight)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_module"), name)
+        return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)
