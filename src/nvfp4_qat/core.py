@@ -53,6 +53,11 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
         warnings.warn("QATConfig.enable is False: the model trains without quantization", stacklevel=2)
         return plan
     modules = {canonical_name(name): module for name, module in model.named_modules()}
+    for entry in plan.quantized:
+        if entry.kind == "linear" and type(modules[entry.module]) is not nn.Linear:
+            raise UserError(
+                f"{entry.module} is a {type(modules[entry.module]).__name__}: apply_qat comes before sharding"
+            )
     by_module: dict[str, dict[str, PackedWeight]] = defaultdict(dict)
     for group_name, members in plan.groups().items():
         group = FusionGroup(group_name, config.global_scale)
@@ -63,7 +68,7 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
         _hooks.append(register_module_module_registration_hook(_refuse_merging_into))
     for name, weights in by_module.items():
         module = modules[name]
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             to_qat_linear(module, weights["weight"])
         else:
             to_qat_experts(module, weights)

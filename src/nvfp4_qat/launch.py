@@ -1,0 +1,157 @@
+"""Start the Triton kernels: grids, dtypes, devices. `ops` validates and allocates; this does neither.
+
+``w`` is floating point ``[..., K]``, K divisible by 16; ``g`` is float32, a scalar or of the shape of the leading
+dimensions of ``w``; results are written into given contiguous tensors. CPU tensors work when Triton interprets.
+
+The tile sizes are parameters because the interpreter's cost is per program, not per element: tests use large tiles.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import kernels
+from .format import BLOCK
+
+BLOCKS = 256
+"""Blocks of 16 a program works on: 32 elements a thread."""
+
+TILE, STEPS = 4096, 8
+"""Elements a program of the amax kernel loads at once, and how often."""
+
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+"""Fusing a product with the addition that rounds it would change results."""
+
+MAX_ITEMS = 65535
+"""Items go along the second dimension of the grid, which CUDA limits to this."""
+
+DTYPES = {
+    torch.bfloat16: (torch.int32, tl.bfloat16),
+    torch.float16: (torch.int32, tl.float16),
+    torch.float32: (torch.int64, tl.float32),
+}
+"""What the kernels read and write: the integer that holds two elements, and Triton's name. The rest go through bf16."""
+
+
+def amax_bits(
+    w: Tensor, batch_dims: int = 0, out: Tensor | None = None, tile: int = TILE, steps: int = STEPS
+) -> Tensor:
+    """Bit pattern of ``max |bf16(w)|`` over all but the first ``batch_dims`` dimensions.
+
+    Args:
+        w: floating point, any shape.
+        batch_dims: leading dimensions to keep.
+        out: contiguous int32 with an element for each of ``w.shape[:batch_dims]``, to take the maximum with: members
+            of a fusion group can share one. None: a new one.
+        tile: elements a program loads at once, a power of two.
+        steps: tiles a program reduces.
+
+    Returns:
+        int32 bit patterns of float32 magnitudes. As integers they order like the numbers, with NaN on top, so they can
+        be reduced further (a MAX all-reduce of floats may lose a NaN); ``.view(torch.float32)`` gives the magnitudes.
+    """
+    if out is None:
+        out = torch.zeros(w.shape[:batch_dims], dtype=torch.int32, device=w.device)
+    assert out.is_contiguous() and out.dtype == torch.int32
+    if w.numel() == 0:
+        return out
+    w = _readable(w)
+    w = w.view(torch.int16) if w.dtype == torch.bfloat16 else w
+    size = w.numel() // out.numel()
+    with _on(w):
+        for items, tensors in _parts(out.numel(), w, out):
+            grid = (triton.cdiv(size, tile * steps), items)
+            kernels.amax_kernel[grid](*tensors, size, TILE=tile, STEPS=steps, **OPTIONS)
+    return out
+
+
+def amax(w: Tensor, batch_dims: int = 0) -> Tensor:
+    """`amax_bits` as float32 magnitudes; NaN where the tensor holds one."""
+    return amax_bits(w, batch_dims).view(torch.float32)
+
+
+def quantize(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor, blocks: int = BLOCKS) -> None:
+    """Write codes, uint8 ``[..., K/2]``, and block scales, E4M3 as uint8 ``[..., K/16]``."""
+    assert packed.is_contiguous() and scale.is_contiguous()
+    w, g = _readable(w), g.contiguous()
+    _launch(kernels.quantize_kernel, scale.numel(), w.dtype, blocks, g, _words(w), g, packed, scale)
+
+
+def dequantize(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor, blocks: int = BLOCKS) -> None:
+    """Write ``bf16((e2m1 · scale) · g)`` into ``out`` ``[..., K]`` in its dtype; ``scale`` is E4M3 as uint8."""
+    packed, scale, g = packed.contiguous(), scale.contiguous(), g.contiguous()
+    codes = packed if _aligned(packed, torch.int32) else packed.clone()
+    with _written(out) as target:
+        tensors = codes.view(torch.int32), scale, g, _words(target)
+        _launch(kernels.dequantize_kernel, scale.numel(), target.dtype, blocks, g, *tensors)
+
+
+def fake_quantize(w: Tensor, g: Tensor, out: Tensor, blocks: int = BLOCKS) -> None:
+    """Write the quantized and dequantized ``w`` into ``out``, of the same shape and dtype."""
+    w, g = _readable(w), g.contiguous()
+    with _written(out) as target:
+        _launch(kernels.fake_quantize_kernel, w.numel() // BLOCK, w.dtype, blocks, g, _words(w), g, _words(target))
+
+
+def _launch(kernel: Any, total: int, dtype: torch.dtype, blocks: int, g: Tensor, *tensors: Tensor) -> None:
+    """Run ``kernel`` over ``total`` blocks of ``tensors`` in ``dtype``; each element of ``g`` has an equal part of them."""
+    if total == 0:
+        return
+    size = total // g.numel()
+    with _on(g):
+        for items, part in _parts(g.numel(), *tensors):
+            grid = (triton.cdiv(size, blocks), items)
+            kernel[grid](*part, size, DTYPE=DTYPES[dtype][1], BLOCKS=blocks, **OPTIONS)
+
+
+def _parts(items: int, *tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """As many items as one grid takes, and the tensors' parts that belong to them."""
+    if items <= MAX_ITEMS:
+        yield items, tensors
+        return
+    for start in range(0, items, MAX_ITEMS):
+        count = min(MAX_ITEMS, items - start)
+        yield count, tuple(t.view(items, -1)[start : start + count] for t in tensors)
+
+
+def _readable(w: Tensor) -> Tensor:
+    """``w`` contiguous, in a dtype that the kernels read, at an address where they can read words."""
+    w = w.detach().contiguous()
+    if w.dtype not in DTYPES:
+        return w.to(torch.bfloat16)
+    return w if _aligned(w, DTYPES[w.dtype][0]) else w.clone()
+
+
+@contextlib.contextmanager
+def _written(out: Tensor) -> Iterator[Tensor]:
+    """``out``, or where the kernels cannot write that, a stand-in that is copied to it."""
+    assert out.is_contiguous()
+    if out.dtype not in DTYPES:
+        target = torch.empty_like(out, dtype=torch.bfloat16)
+    elif not _aligned(out, DTYPES[out.dtype][0]):
+        target = torch.empty_like(out)
+    else:
+        target = out
+    yield target
+    if target is not out:
+        out.copy_(target)
+
+
+def _aligned(t: Tensor, word: torch.dtype) -> bool:
+    return t.storage_offset() * t.element_size() % word.itemsize == 0
+
+
+def _words(t: Tensor) -> Tensor:
+    return t.view(DTYPES[t.dtype][0])
+
+
+def _on(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its tensors are."""
+    if t.is_cuda and t.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
