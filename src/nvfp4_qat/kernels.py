@@ -14,8 +14,8 @@ between lanes.
 
 **Bits.** A value in flight is an fp32 bit pattern in an int32. Rounding to bf16 and to E4M3 is integer arithmetic on
 it, so nothing depends on a conversion instruction: the interpreter's casts to bf16 and fp8 do not round to nearest
-even, and GPUs before Hopper have none to fp8. The only floating-point operations are IEEE products, two IEEE
-divisions a block, and the addition that rounds to E2M1.
+even (Triton 3.6 and 3.9), and GPUs before Ada have none to fp8. The only floating-point operations are IEEE products,
+two IEEE divisions a block, and the addition that rounds to E2M1.
 
 Deliberately absent: inline assembly, autotuning, and checks on values. A block with a NaN gets the scale NaN.
 """

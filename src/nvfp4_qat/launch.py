@@ -99,7 +99,7 @@ def fake_quantize(w: Tensor, g: Tensor, out: Tensor, blocks: int = BLOCKS) -> No
 
 
 def _launch(kernel: Any, total: int, dtype: torch.dtype, blocks: int, g: Tensor, *tensors: Tensor) -> None:
-    """Run ``kernel`` over ``total`` blocks of ``tensors`` in ``dtype``; each element of ``g`` has an equal part of them."""
+    """Run ``kernel`` over ``total`` blocks of ``tensors``; each element of ``g`` has an equal part of them."""
     if total == 0:
         return
     size = total // g.numel()

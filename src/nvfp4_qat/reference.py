@@ -14,6 +14,8 @@ bits. That is why trainer and inference kernel hold the same bf16 weight whateve
 Nothing here checks values or bounds memory; `nvfp4_qat.ops` does both.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -66,11 +68,9 @@ def _codes(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return code.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3), scale
 
 
-def _values(codes: Tensor, scale: Tensor, g: Tensor) -> Tensor:
-    """bf16 values ``[..., K]`` of codes ``[..., K/16, 16]`` and block scales ``[..., K/16, 1]``."""
-    grid = torch.tensor(SIGNED_GRID, device=codes.device)
-    value = grid.index_select(0, codes.flatten().int()).view(codes.shape)
-    value = value.mul_(scale.float()).mul_(g.reshape(g.shape + (1,) * (codes.ndim - g.ndim)))
+def _scaled(value: Tensor, scale: Tensor, g: Tensor) -> Tensor:
+    """bf16 weights ``[..., K]`` of values ``[..., K/16, 16]`` (overwritten) and block scales ``[..., K/16, 1]``."""
+    value = value.mul_(scale.float()).mul_(g.reshape(g.shape + (1,) * (value.ndim - g.ndim)))
     return value.flatten(-2).to(torch.bfloat16)
 
 
@@ -83,10 +83,22 @@ def quantize(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The weights ``[..., K]``, rounded to bf16 and then given as ``dtype``; ``scale`` is uint8 E4M3 bytes."""
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).unflatten(-1, (-1, BLOCK))
-    return _values(codes, scale.view(torch.float8_e4m3fn).unsqueeze(-1), g).to(dtype)
+    pairs = _value_pairs(packed.device).index_select(0, packed.flatten().int())
+    value = pairs.view(torch.float32).view(*scale.shape, BLOCK)
+    return _scaled(value, scale.view(torch.float8_e4m3fn).unsqueeze(-1), g).to(dtype)
+
+
+@functools.cache
+def _value_pairs(device: torch.device) -> Tensor:
+    """The two E2M1 values of each of the 256 bytes, a pair of float32 in one int64: one lookup serves two codes."""
+    with torch.inference_mode(False):
+        values = [[SIGNED_GRID[byte & 15], SIGNED_GRID[byte >> 4]] for byte in range(256)]
+        return torch.tensor(values, device=device).view(torch.int64).flatten()
 
 
 def fake_quantize(w: Tensor, g: Tensor) -> Tensor:
     """``dequantize(quantize(w))`` in ``w``'s dtype."""
-    return _values(*_codes(w, g), g).to(w.dtype)
+    codes, scale = _codes(w, g)
+    grid = torch.tensor(SIGNED_GRID, device=w.device)
+    value = grid.index_select(0, codes.flatten().int()).view(codes.shape)
+    return _scaled(value, scale, g).to(w.dtype)
