@@ -180,7 +180,7 @@ def _second_names(bare: nn.Module, names: list[list[str]]) -> dict[str, str]:
 
 def _head(model: nn.Module, bare: nn.Module) -> str | None:
     hf_model = transformers_model(bare)
-    head: object = None if hf_model is None else hf_model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: object = None if hf_model is None else hf_model.get_output_embeddings()
     if not isinstance(head, nn.Module):
         return None
     return next((canonical_name(raw) for raw, module in model.named_modules() if module is head), None)
