@@ -2,16 +2,17 @@
 
 A tensor ``W[..., K]`` with K divisible by 16 is stored as three tensors:
 
-=================  ==================================  ===============================================================
-``packed``         uint8 ``[..., K/2]``                two E2M1 codes a byte, the even index in the low nibble
-``scale``          float8_e4m3fn ``[..., K/16]``       one block scale per 16 consecutive values of the last dimension
-``global_scale``   float32, scalar or one per expert   a *multiplier*: ``W ≈ e2m1 · scale · global_scale``
-=================  ==================================  ===============================================================
+================  ==================================  ==========================================================
+``packed``        uint8 ``[..., K/2]``                two E2M1 codes a byte, the even index in the low nibble
+``scale``         float8_e4m3fn ``[..., K/16]``       one block scale per 16 consecutive values of the last dim
+``global_scale``  float32, scalar or one per expert   a *multiplier*: ``W ≈ e2m1 · scale · global_scale``
+================  ==================================  ==========================================================
 
 An E2M1 code is a sign bit (bit 3) and an index into `E2M1_GRID` (bits 0-2). Code 8 is -0.0.
 
 Direction of the global scale: inside this package it is always the multiplier. compressed-tensors checkpoints store its
-inverse (``weight_global_scale``, a divisor); ModelOpt's ``weight_scale_2`` stores the multiplier. Only the exporter converts.
+inverse (``weight_global_scale``, a divisor); ModelOpt's ``weight_scale_2`` stores the multiplier. Only the exporter
+converts.
 
 Sources: NVIDIA's NVFP4 format; OCP Microscaling (E2M1); OCP 8-bit floating point (E4M3, no infinities, 0x7F is NaN).
 """

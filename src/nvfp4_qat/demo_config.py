@@ -1,0 +1,123 @@
+"""`DemoConfig`: everything that decides what a demo run computes, and what suits each built-in model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+ARMS = ("bf16", "noqat", "qat", "qat-ffn")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One run of the experiment of `nvfp4_qat.rl`. The defaults are those of the model ``tiny``; see `for_model`.
+
+    Args:
+        out: directory of the results; empty or new unless ``resume``.
+        model: what `nvfp4_qat.models.load_model` takes.
+        task: what `nvfp4_qat.tasks.make_task` takes.
+        arms: which of `ARMS`, in the order in which they run.
+        steps: RL steps of each arm.
+        prompts: groups trained on in a step.
+        samples: responses in a group.
+        max_batches: batches of ``prompts`` drawn at most to find that many groups which teach something; 1: what is
+            drawn first must do.
+        minibatches: optimizer steps in an RL step.
+        micro_batch: sequences in one forward of the trainer.
+        lr: learning rate of AdamW, constant.
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        clip_low, clip_high, clip_dual: see `nvfp4_qat.rl.policy_loss`.
+        tis: bound of the token-level importance weights that correct the mismatch; None leaves it uncorrected.
+        overlong_factor: see `nvfp4_qat.rl.overlong_penalty`.
+        warmup_steps: supervised steps on the task's answers before RL, for models made here from random; 0: none.
+        warmup_batch: sequences in such a step.
+        warmup_lr: its peak learning rate.
+        seed: of the random weights, prompts and sampling.
+        resume: continue the run in ``out``.
+        checkpoint_seconds: least time between two checkpoints of the trainer.
+        cache: directory of warmed-up models; None: the user's cache directory.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: a value is out of range or an arm is not known.
+    """
+
+    out: Path
+    model: str = "tiny"
+    task: str = "auto"
+    arms: tuple[str, ...] = ("bf16", "noqat", "qat")
+    steps: int = 60
+    prompts: int = 32
+    samples: int = 8
+    max_batches: int = 3
+    minibatches: int = 2
+    micro_batch: int = 256
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    clip_dual: float = 10.0
+    tis: float | None = 2.0
+    overlong_factor: float = 1.0
+    warmup_steps: int = 80
+    warmup_batch: int = 128
+    warmup_lr: float = 1e-3
+    seed: int = 0
+    resume: bool = False
+    checkpoint_seconds: float = 30.0
+    cache: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+            raise UserError(f"arms must be some of {', '.join(ARMS)}, each once; got {', '.join(self.arms) or 'none'}")
+        least = {
+            "steps": 1, "prompts": 1, "samples": 2, "max_batches": 1, "minibatches": 1, "micro_batch": 1,
+            "warmup_steps": 0, "warmup_batch": 1, "checkpoint_seconds": 0, "weight_decay": 0, "overlong_factor": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise UserError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("lr", "warmup_lr", "max_grad_norm", "clip_low", "clip_high", "clip_dual", "tis"):
+            value = getattr(self, name)
+            if not (value is None or value > 0):
+                raise UserError(f"{name} must be positive, got {value}")
+
+    @classmethod
+    def for_model(cls, model: str, out: Path, **overrides: Any) -> DemoConfig:
+        """Return the settings that suit a model, some of them overridden.
+
+        Args:
+            model: ``tiny``, ``tiny-moe``, ``smollm2``; any other model gets the settings of ``smollm2``.
+            out: directory of the results.
+            overrides: fields of `DemoConfig` by name.
+        """
+        return cls(**{"out": out, "model": model, **PRESETS.get(model, PRESETS["smollm2"]), **overrides})
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a result depends on: all but where it is kept and how it is shown."""
+        skipped = {"out", "arms", "resume", "checkpoint_seconds", "cache", "progress"}
+        return {name: value for name, value in asdict(self).items() if name not in skipped}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {},
+    "tiny-moe": {},
+    "smollm2": {
+        "steps": 12,
+        "prompts": 8,
+        "samples": 8,
+        "max_batches": 2,
+        "micro_batch": 16,
+        "lr": 1e-5,
+        "warmup_steps": 0,
+    },
+}
+"""What differs from the defaults."""

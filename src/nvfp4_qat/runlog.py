@@ -1,0 +1,145 @@
+"""What a training run leaves on disk, so that a kill at any moment loses nothing but time.
+
+A step's numbers are appended to ``metrics-<arm>.jsonl`` as soon as they are known, and after some of the steps the
+trainer's state is written to ``checkpoint-<arm>.pt``, always in this order. A checkpoint therefore never knows a step
+whose numbers are lost. A resumed run cuts the metrics back to the checkpoint and computes the steps after it again;
+they come out the same, because a step depends on the weights, the optimizer and its own number, and on nothing else
+(but the machine and its number of threads, on which sums round differently).
+
+Whole files are replaced atomically: written under another name, flushed to the disk, renamed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .errors import UserError
+
+Row = dict[str, Any]
+
+
+class ArmLog:
+    """The files of one arm: metrics, TensorBoard events and the checkpoint.
+
+    Args:
+        out: the run's directory.
+        arm: the arm's name.
+        checkpoint_seconds: least time between two checkpoints; 0 writes one after every step.
+    """
+
+    def __init__(self, out: Path, arm: str, checkpoint_seconds: float) -> None:
+        self._metrics = out / f"metrics-{arm}.jsonl"
+        self._checkpoint = out / f"checkpoint-{arm}.pt"
+        self._events = out / "tensorboard" / arm
+        self._checkpoint_seconds = checkpoint_seconds
+        self._checkpointed = time.monotonic()
+        self._writer: Any = None
+        self.rows = self._read()
+
+    def _read(self) -> list[Row]:
+        if not self._metrics.exists():
+            return []
+        rows = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the writer was killed inside this line; the step is computed again
+                break
+        return rows
+
+    def resume(self, steps: int) -> Mapping[str, Any] | None:
+        """Return the state to continue from, and forget the metrics of later steps.
+
+        Args:
+            steps: the steps the arm is to have in the end.
+
+        Returns:
+            What `step` saved, with the number of finished steps under ``"step"``; None to start from the beginning, or
+            if the arm is finished.
+        """
+        for leftover in self._checkpoint.parent.glob(f".{self._checkpoint.name}.*.part"):
+            leftover.unlink()
+        state = None
+        if len(self.rows) < steps:
+            if self._checkpoint.exists():
+                state = torch.load(self._checkpoint, weights_only=True)
+            if state is not None and state["step"] > len(self.rows):  # someone removed lines
+                state = None
+            start = int(state["step"]) if state is not None else 0
+            self.rows = self.rows[:start]
+            replace_file(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        return state
+
+    def step(self, row: Row, state: Mapping[str, Any]) -> None:
+        """Record a finished step.
+
+        Args:
+            row: its metrics; ``"step"`` counts from 0.
+            state: what to continue from, tensors and plain containers; saved if the last checkpoint is old enough.
+        """
+        self.rows.append(row)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._write_events(row)
+        if time.monotonic() - self._checkpointed >= self._checkpoint_seconds:
+            save_file(self._checkpoint, {**state, "step": len(self.rows)})
+            self._checkpointed = time.monotonic()
+
+    def finish(self) -> None:
+        """Close the files of an arm that has all its steps; its checkpoint is of no more use."""
+        self.close()
+        self._checkpoint.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_events(self, row: Row) -> None:
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("the run writes TensorBoard events: pip install 'nvfp4-qat[demo]'") from None
+            # Events of steps that are computed again after a kill are hidden by purge_step.
+            self._writer = SummaryWriter(str(self._events), purge_step=row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a whole file so that a reader, or a run after a kill, sees either the old one or the new one."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def save_file(path: Path, state: Mapping[str, Any]) -> None:
+    """`torch.save` with the guarantee of `replace_file`; makes the directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        torch.save(dict(state), file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    # The process's number keeps two runs apart that warm up the same model in the same cache.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

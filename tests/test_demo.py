@@ -1,0 +1,215 @@
+"""A whole run: directory, warm-up, summary, report, interruption."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers_rl import TOKENIZER, EvenFirst, micro_config, micro_model, without_timings
+
+from nvfp4_qat import demo
+from nvfp4_qat.demo import available_cores, run_demo, summarize_arm, warm_up
+from nvfp4_qat.demo_config import ARMS, PRESETS, DemoConfig
+from nvfp4_qat.errors import UserError
+from nvfp4_qat.tasks import SortDigits
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "micro"
+    micro_model().save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def easy_task(monkeypatch):
+    monkeypatch.setattr(demo, "make_task", lambda spec, model: EvenFirst())
+
+
+def rows_of(out, arm):
+    return [json.loads(line) for line in (out / f"metrics-{arm}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, saved_model):
+    out = tmp_path / "new" / "run"
+    summary = run_demo(micro_config(out, model=saved_model, arms=("bf16", "noqat", "qat")))
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for name in ("report.html", "curves.png", "config.json"):
+        assert (out / name).stat().st_size > 0
+    assert not list(out.glob("checkpoint*")) + list(out.glob(".*"))
+    assert summary["steps"] == 4
+    assert summary["task"] == "even-first"
+    assert list(summary["arms"]) == ["bf16", "noqat", "qat"]
+    assert summary["seconds"] > 0
+    assert {"torch", "python", "nvfp4-qat"} <= summary["versions"].keys()
+    assert "interrupted" not in summary
+    assert summary["threads"] == available_cores()
+    for arm, entry in summary["arms"].items():
+        rows = rows_of(out, arm)
+        assert len(rows) == entry["steps"] == 4
+        assert list((out / "tensorboard" / arm).glob("events.*"))
+        assert entry["k3_kl_mean"] == pytest.approx(sum(r["rollout_corr/k3_kl"] for r in rows) / 4)
+        assert entry["kl_mean"] == pytest.approx(sum(r["rollout_corr/kl"] for r in rows) / 4)
+        assert entry["sync_bytes"] == rows[-1]["sync_bytes"]
+        assert entry["reward_first"] == rows[0]["reward"]
+        assert entry["reward_last"] == rows[-1]["reward"]
+        for row in rows:
+            assert all(math.isfinite(value) for value in row.values())
+    text = (out / "summary.json").read_text() + (out / "config.json").read_text()
+    assert str(tmp_path / "new") not in text
+
+
+def test_events_hold_the_metrics(tmp_path, saved_model):
+    out = tmp_path / "run"
+    run_demo(micro_config(out, model=saved_model, arms=("qat",), steps=2))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard" / "qat"))
+    events.Reload()
+    rewards = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert rewards == [(row["step"], pytest.approx(row["reward"])) for row in rows_of(out, "qat")]
+    assert "flips/codes" in events.Tags()["scalars"]
+
+
+def test_ctrl_c_leaves_a_report_and_resume_finishes_the_run(tmp_path, saved_model, monkeypatch):
+    whole = micro_config(tmp_path / "whole", model=saved_model, arms=("bf16", "qat"))
+    run_demo(whole)
+    cut = micro_config(tmp_path / "cut", model=saved_model, arms=("bf16", "qat"))
+    step = demo.train_arm.__globals__["train_step"]
+    calls = []
+
+    def interrupted_step(*args):
+        calls.append(args[-1])
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setitem(demo.train_arm.__globals__, "train_step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(cut)
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "make_task", lambda spec, model: EvenFirst())
+    assert calls == [0, 1, 2, 3, 0, 1, 2]
+    partial = json.loads((cut.out / "summary.json").read_text())
+    assert partial["interrupted"] is True
+    assert {arm: entry["steps"] for arm, entry in partial["arms"].items()} == {"bf16": 4, "qat": 2}
+    assert "not complete" in (cut.out / "report.html").read_text()
+
+    with pytest.raises(UserError, match="--resume"):
+        run_demo(cut)
+    resumed = micro_config(cut.out, model=saved_model, arms=("bf16", "qat"), resume=True)
+    summary = run_demo(resumed)
+    assert "interrupted" not in summary
+    for arm in ("bf16", "qat"):
+        same = [[without_timings(row) for row in rows_of(run.out, arm)] for run in (whole, cut)]
+        assert same[0] == same[1]
+    assert summary["seconds"] > 0
+
+
+def test_resume_may_add_arms_but_not_change_settings(tmp_path, saved_model):
+    out = tmp_path / "run"
+    run_demo(micro_config(out, model=saved_model, arms=("bf16",), steps=1))
+    with pytest.raises(UserError, match="lr: 0.001 then, 0.002 now"):
+        run_demo(micro_config(out, model=saved_model, arms=("bf16",), steps=1, lr=2e-3, resume=True))
+    summary = run_demo(micro_config(out, model=saved_model, arms=("qat",), steps=1, resume=True))
+    assert list(summary["arms"]) == ["bf16", "qat"]
+
+
+def test_directories_that_are_not_ours(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        run_demo(micro_config(tmp_path / "file"))
+    with pytest.raises(UserError, match="not empty"):
+        run_demo(micro_config(tmp_path))
+    with pytest.raises(UserError, match="no run to resume"):
+        run_demo(micro_config(tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_model_or_task_leaves_no_directory(tmp_path, monkeypatch):
+    def unknown(spec, model):
+        raise UserError("unknown task")
+
+    with pytest.raises(UserError, match="no model directory"):
+        run_demo(micro_config(tmp_path / "a", model="/no/such/model"))
+    monkeypatch.setattr(demo, "make_task", unknown)
+    with pytest.raises(UserError, match="unknown task"):
+        run_demo(micro_config(tmp_path / "b"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_warm_up_learns_and_is_cached(tmp_path):
+    losses = {}
+
+    def warmed(name, **overrides):
+        cfg = micro_config(
+            tmp_path, warmup_steps=30, warmup_batch=32, warmup_lr=5e-3, cache=tmp_path / "cache", **overrides
+        )
+        model = micro_model()
+        losses[name] = []
+        trained = warm_up(model, TOKENIZER, SortDigits(2), cfg, lambda step, loss: losses[name].append(loss))
+        return trained, model.state_dict()
+
+    first, again, other = warmed("first"), warmed("again"), warmed("other", seed=1)
+    assert (first[0], again[0], other[0]) == (True, False, True)
+    assert losses["again"] == []
+    assert losses["first"][-1] < 0.8 * losses["first"][0]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for name, tensor in first[1].items():
+        assert torch.equal(tensor, again[1][name]), name
+    assert not all(torch.equal(tensor, other[1][name]) for name, tensor in first[1].items())
+
+
+def test_summary_by_hand():
+    rows = [
+        {
+            "reward": reward, "accuracy": 0.5, "rollout_corr/k3_kl": 0.1 * i, "rollout_corr/kl": 0.0, "sync_bytes": i,
+            "rollout_corr/logprob_abs_diff": 1.0, "time/step": 2.0,
+        }
+        for i, reward in enumerate([1.0, 3.0, 9.0, 9.0, 9.0, 9.0, 4.0, 8.0])
+    ]  # fmt: skip
+    summary = summarize_arm(rows, 8)
+    assert summary["reward_first"] == 2.0
+    assert summary["reward_first_se"] == 1.0  # standard deviation √2, two steps
+    assert summary["reward_last"] == 6.0
+    assert summary["reward_last_se"] == 2.0
+    assert summary["reward_rise_in_standard_errors"] == pytest.approx(4 / math.sqrt(5))
+    assert summary["k3_kl_mean"] == pytest.approx(0.35)
+    assert summary["sync_bytes"] == 7
+    assert summary["seconds"] == 16.0
+    assert summarize_arm(rows[:1], 8)["reward_rise_in_standard_errors"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"arms": ("bf16", "int4")}, "arms must be"),
+        ({"arms": ()}, "arms must be"),
+        ({"arms": ("qat", "qat")}, "each once"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"samples": 1}, "samples must be at least 2"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": math.nan}, "lr must be positive"),
+        ({"tis": -1.0}, "tis must be positive"),
+        ({"prompts": math.nan}, "prompts must be at least"),
+    ],
+)
+def test_settings_are_checked(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        DemoConfig(tmp_path, **overrides)
+
+
+def test_every_model_has_settings(tmp_path):
+    for model in (*PRESETS, "some/model"):
+        cfg = DemoConfig.for_model(model, tmp_path, seed=3)
+        assert cfg.seed == 3
+        assert set(cfg.arms) <= set(ARMS)
+        assert (cfg.warmup_steps > 0) == model.startswith("tiny")
+
+
+def test_cores_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert available_cores() == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert available_cores() >= 1
