@@ -76,14 +76,13 @@ def _status(field: str) -> int:
 
 def act(action: str, model: Any, directory: Path) -> int:
     """Pack or export; returns the bytes that came out."""
-    from nvfp4_qat.checkpoint import save_checkpoint
-    from nvfp4_qat.quantizer import packed_weights
+    import nvfp4_qat as nq
 
     if action == "export":
-        save_checkpoint(model, directory)
+        nq.save_checkpoint(model, directory)
         return sum(file.stat().st_size for file in directory.iterdir())
     sent = 0
-    for _, tensor in packed_weights(model):
+    for _, tensor in nq.packed_weights(model):
         sent += tensor.nbytes
         del tensor
     return sent
@@ -94,6 +93,7 @@ def measure(case: str, action: str) -> dict[str, Any]:
     import torch
 
     import nvfp4_qat as nq
+    from nvfp4_qat import ops
     from nvfp4_qat.models import load_model
 
     config = nq.QATConfig(enable=True)
@@ -126,6 +126,7 @@ def measure(case: str, action: str) -> dict[str, Any]:
         "peak_above_model_bytes": above,
         "within_bound": above <= layer + packed,
         "output_bytes": written,
+        "chunk_elements": ops.CHUNK,
         "seconds": round(seconds, 2),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

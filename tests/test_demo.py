@@ -1,5 +1,6 @@
 """A whole run: directory, warm-up, summary, report, interruption."""
 
+import importlib.util
 import json
 import math
 
@@ -137,6 +138,14 @@ def test_bad_model_or_task_leaves_no_directory(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown task"):
         run_demo(micro_config(tmp_path / "b"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_noticed_before_anything_else(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    with pytest.raises(UserError, match="needs matplotlib: pip install"):
+        run_demo(micro_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_warm_up_learns_and_is_cached(tmp_path):

@@ -7,6 +7,7 @@ from helpers_rl import TOKENIZER, micro_model
 from nvfp4_qat.core import pack_from_masters
 from nvfp4_qat.engine import RolloutEngine, left_pad
 from nvfp4_qat.errors import MismatchError
+from nvfp4_qat.models import load_model
 from nvfp4_qat.rl import Graded, collate, plain_weights, prepare_arm, response_logprobs, stop_ids
 
 PROMPTS = [TOKENIZER(text).input_ids for text in ("12>", "9876>", "5>")]
@@ -106,6 +107,20 @@ def test_log_probabilities_are_those_of_the_trainer():
     assert batch.rollout_logprobs[batch.mask].std() > 0.5
     # Two ways of rounding to bf16: logits here are below 8, where a bf16 step is 2^-5 at most.
     assert difference.max() < 0.1
+
+
+def test_the_engine_is_another_program_even_on_short_sequences():
+    model = load_model("tiny").model
+    with torch.no_grad():  # as if trained: what attention adds must be seen next to the residual stream
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(10)
+            layer.self_attn.o_proj.weight.mul_(10)
+    groups = loaded(model).generate(PROMPTS, samples=4, max_new_tokens=6, seed=0)
+    batch = collate([[Graded(sample, 0.0, True) for sample in group] for group in groups], pad=0)
+    assert batch.ids.shape[1] < 16
+    with torch.no_grad():
+        differs = (response_logprobs(model, batch) - batch.rollout_logprobs).abs()[batch.mask] > 1e-5
+    assert differs.float().mean() > 0.5
 
 
 def test_responses_end_with_a_stop_token_or_at_the_limit():

@@ -97,10 +97,13 @@ def test_the_loss_is_a_mean_over_tokens_not_over_sequences():
     assert weighted.item() == pytest.approx(-(0.5 * 4 - 2 - 1 - 1) / 4)
 
 
-def test_what_is_not_finite_outside_the_mask_does_no_harm():
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_an_overflow_outside_the_mask_does_no_harm(advantage):
     new = torch.tensor([[0.0, 200.0]], requires_grad=True)
-    loss, _ = policy_loss(new, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[True, False]]))
-    assert loss.item() == -1.0
+    loss, _ = policy_loss(new, torch.zeros(1, 2), torch.full((1, 2), advantage), torch.tensor([[True, False]]))
+    loss.backward()
+    assert loss.item() == -advantage
+    assert new.grad.tolist() == [[-advantage, 0.0]]
 
 
 # --- rollouts

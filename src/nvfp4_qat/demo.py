@@ -16,6 +16,7 @@ is where RL can start. The result is kept in the user's cache directory under a 
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from . import __version__
 from .demo_config import ARMS, DemoConfig
 from .engine import Sample
 from .errors import UserError
@@ -51,9 +53,11 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
         cfg: what to run and where to.
 
     Raises:
-        UserError: the directory holds something else, a resumed run has other settings, or the model is not to be had.
+        UserError: a package is missing, the directory holds something else, a resumed run has other settings, or there
+            is no such model or task. Nothing has been written then.
         KeyboardInterrupt: passed on after summary and report of the finished steps have been written.
     """
+    _check_packages()
     _check_directory(cfg)
     task = make_task(cfg.task, cfg.model)
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
@@ -91,6 +95,14 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 log.close()
             torch.set_num_threads(threads)
     return summary
+
+
+def _check_packages() -> None:
+    """Miss a package now, not when the first arm is finished and its report is to be drawn."""
+    needed = ("transformers", "compressed_tensors", "tqdm", "tensorboard", "matplotlib")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the demo needs {', '.join(missing)}: pip install 'nvfp4-qat[demo]'")
 
 
 def _check_directory(cfg: DemoConfig) -> None:
@@ -254,8 +266,9 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    packages = ("nvfp4-qat", "torch", "transformers", "compressed-tensors")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    packages = ("torch", "transformers", "compressed-tensors")
+    own = {"python": platform.python_version(), "nvfp4-qat": __version__}
+    return own | {name: metadata.version(name) for name in packages}
 
 
 def available_cores() -> int:
@@ -276,10 +289,8 @@ class _Bar:
     """One progress bar for the whole run, in units of an RL step; what was done before is not part of it."""
 
     def __init__(self, cfg: DemoConfig) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise UserError("the run shows its progress with tqdm: pip install 'nvfp4-qat[demo]'") from None
+        from tqdm import tqdm
+
         self._arm = ""
         self._steps = cfg.steps
         self._warmup_steps = cfg.warmup_steps

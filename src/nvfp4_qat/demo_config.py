@@ -55,9 +55,9 @@ class DemoConfig:
     prompts: int = 32
     samples: int = 8
     max_batches: int = 3
-    minibatches: int = 2
+    minibatches: int = 4
     micro_batch: int = 256
-    lr: float = 1e-4
+    lr: float = 5e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     clip_low: float = 0.2
@@ -115,6 +115,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "prompts": 8,
         "samples": 8,
         "max_batches": 2,
+        "minibatches": 2,
         "micro_batch": 16,
         "lr": 1e-5,
         "warmup_steps": 0,

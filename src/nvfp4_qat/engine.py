@@ -4,11 +4,14 @@ It stands for a serving engine such as vLLM. It gets the architecture once and t
 tensors: bf16 ones are copied, packed ones are decompressed by the ``compressed-tensors`` library, not by this package,
 so a mistake in our packing shows as a mismatch instead of cancelling out. It holds no reference to the trainer's model.
 
-It computes in bf16 and decodes token by token with a KV cache, while the trainer runs whole sequences. The two
-therefore round differently even with equal weights, as two real engines do, and the KL of a bf16 run is small but not
-zero.
+It computes in bf16 and decodes token by token with a KV cache and an attention of its own (written out, "eager"), while
+the trainer runs whole sequences through a fused kernel. The two therefore round differently even with equal weights, as
+two real engines do, and the KL of a bf16 run is small but not zero. Decoding with a cache alone would not do: on a CPU
+the matrix products of both programs sum in the same order, and in sequences below 16 tokens 99 % of the
+log-probabilities came out equal to the bit.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +45,9 @@ class RolloutEngine:
         from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng(devices=[]):  # the random weights below are all replaced by the first `load`
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            self._model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+            ).eval()
         self._stop_ids = sorted(set(stop_ids))
         self._weights = dict(self._model.state_dict(keep_vars=True))
         owners: dict[int, str] = {}

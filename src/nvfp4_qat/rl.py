@@ -6,7 +6,7 @@ One step, as in every RL trainer whose rollouts come from a separate engine:
 2. groups that are all right or all wrong carry no signal: more prompts are drawn in their place (dynamic sampling);
 3. the trainer computes the log-probabilities of the same tokens. They should be equal; how far they are is the mismatch
    (`nvfp4_qat.metrics`), the number this experiment is about;
-4. two clipped policy-gradient updates, token-mean over each half of the batch;
+4. a few clipped policy-gradient updates, each the token mean over a part of the batch;
 5. the new weights are sent to the engine.
 
 The arms differ in 3 and 5 only:
@@ -121,7 +121,8 @@ def policy_loss(
 
     Source: DAPO, arXiv 2503.14476, equation 8; dual clip, arXiv 1912.09729, equation 5.
     """
-    ratio = torch.exp(new - old)
+    # Masked before exp: an overflow in the padding would turn its zero gradient into NaN.
+    ratio = torch.exp((new - old).masked_fill(~mask, 0.0))
     plain = -advantages * ratio
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     bound = -advantages * clip_dual

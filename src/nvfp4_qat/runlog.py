@@ -19,8 +19,6 @@ from typing import IO, Any
 
 import torch
 
-from .errors import UserError
-
 Row = dict[str, Any]
 
 
@@ -106,10 +104,8 @@ class ArmLog:
 
     def _write_events(self, row: Row) -> None:
         if self._writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("the run writes TensorBoard events: pip install 'nvfp4-qat[demo]'") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             # Events of steps that are computed again after a kill are hidden by purge_step.
             self._writer = SummaryWriter(str(self._events), purge_step=row["step"])
         for name, value in row.items():
