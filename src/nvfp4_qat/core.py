@@ -6,23 +6,20 @@ quantized.
 """
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .adapters import check_adapters
 from .config import QATConfig
-from .errors import StaleWeightsError, UserError
+from .errors import MismatchError, StaleWeightsError, UserError
 from .experts import to_qat_experts
 from .linear import to_qat_linear
 from .ops import PackedNVFP4
+from .parameter import check_adoptable
 from .plan import QuantizedTensor, QuantPlan, canonical_name
-from .state import FusionGroup, PackedWeight, QATModule, mark_written, packed_weights_of
-
-_hooks: list[Any] = []
+from .state import FusionGroup, PackedWeight, Packing, QATModule, packed_weights_of
 
 
 def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) -> QuantPlan:
@@ -54,29 +51,40 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
         return plan
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for entry in plan.quantized:
-        if entry.kind == "linear" and type(modules[entry.module]) is not nn.Linear:
-            raise UserError(
-                f"{entry.module} is a {type(modules[entry.module]).__name__}: apply_qat comes before sharding"
-            )
+        _check_module(entry, modules[entry.module])
     by_module: dict[str, dict[str, PackedWeight]] = defaultdict(dict)
     for group_name, members in plan.groups().items():
         group = FusionGroup(group_name, config.global_scale)
         for entry in members:
             by_module[entry.module][entry.param] = PackedWeight(entry.name, group, entry.batch_dims)
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(mark_written))
-        _hooks.append(register_module_module_registration_hook(_refuse_merging_into))
     for name, weights in by_module.items():
         module = modules[name]
         if isinstance(module, nn.Linear):
             to_qat_linear(module, weights["weight"])
         else:
             to_qat_experts(module, weights)
-    for parent in model.modules():
-        for child_name, child in parent.named_children():
-            _refuse_merging_into(parent, child_name, child)
+    check_adapters(model)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_no_fast_path)
     model._nvfp4_plan = plan  # type: ignore[assignment]
     return plan
+
+
+def _check_module(entry: QuantizedTensor, module: nn.Module) -> None:
+    """Everything that could stop a conversion, before the first module is converted."""
+    if entry.kind == "linear" and type(module) is not nn.Linear:
+        raise UserError(f"{entry.module} is a {type(module).__name__}: apply_qat comes before sharding")
+    if "forward" in vars(module):
+        raise UserError(
+            f"{entry.module} has a forward of its own (accelerate's device_map, or a patch), which would bypass QAT: "
+            "call apply_qat first, or remove_hook_from_submodules(model) before it"
+        )
+    check_adoptable(module._parameters.get(entry.param), entry.name)
+
+
+def _no_fast_path(*_: object) -> None:
+    """Does nothing. With a hook, nn.TransformerEncoderLayer calls its layers instead of reading their weights."""
 
 
 def qat_plan(model: nn.Module) -> QuantPlan:
@@ -100,7 +108,7 @@ def refresh(model: nn.Module) -> None:
     """
     qat_plan(model)
     for group in _groups(model):
-        group.commit(group.pack())
+        group.commit(group.pack(), certain=False)
 
 
 def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
@@ -118,8 +126,11 @@ def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, Packe
 
     Raises:
         StaleWeightsError: names every weight that changed unnoticed. Raised before the first of them is yielded.
+        MismatchError: quantized modules were replaced or doubled since `apply_qat`.
     """
     plan = qat_plan(model)
+    check_adapters(model)
+    _check_coverage(plan, [weight.name for weight in packed_weights_of(model)])
     groups = list(_groups(model))
     for i, group in enumerate(groups):
         packed, stale = _pack_checked(group)
@@ -130,16 +141,31 @@ def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, Packe
                 f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
                 "load_state_dict."
             )
-        for member, value in packed:
+        for member, value, _ in packed:
             yield plan[member.name], value
 
 
-def _pack_checked(group: FusionGroup) -> tuple[list[tuple[PackedWeight, PackedNVFP4]], list[str]]:
+def _check_coverage(plan: QuantPlan, live: list[str]) -> None:
+    """Raise if the model does not quantize exactly what the plan says, each weight once."""
+    count = Counter(live)
+    wrong = [f"{e.name}: its module was replaced after apply_qat" for e in plan.quantized if e.name not in count]
+    wrong += [f"{name}: exists {n} times (an adapter's modules_to_save?)" for name, n in count.items() if n > 1]
+    wrong += [f"{name}: not in the plan" for name in count if name not in plan]
+    if wrong:
+        raise MismatchError(
+            "the model no longer quantizes what its plan says: "
+            + "; ".join(wrong)
+            + ". Change modules before apply_qat, or "
+            "add them to ignore_patterns."
+        )
+
+
+def _pack_checked(group: FusionGroup) -> tuple[list[Packing], list[str]]:
     """The group packed anew, and the names of members that changed unnoticed."""
     noticed = group.stale()
     packed = group.pack()
-    stale = [] if noticed else [member.name for member, new in packed if not member.holds(new)]
-    if noticed and all(member.fits(new) for member, new in packed):
+    stale = [] if noticed else [member.name for member, new, _ in packed if not member.holds(new)]
+    if noticed and all(member.fits(new) for member, new, _ in packed):
         group.commit(
             packed, certain=False
         )  # copies into the storages training reads, so the next forward need not pack
@@ -152,19 +178,3 @@ def _groups(model: nn.Module) -> Iterator[FusionGroup]:
         if id(weight.group) not in seen:
             seen.add(id(weight.group))
             yield weight.group
-
-
-def _refuse_merging_into(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Module registration hook: an adapter layer around a quantized one loses its ability to merge.
-
-    Q(W + BA) is not Q(W) + BA: merged weights would be quantized to something neither side trained or served.
-    """
-    if name == "base_layer" and isinstance(child, QATModule) and hasattr(parent, "merge"):
-        parent.merge = _merging_refused  # type: ignore[assignment]
-
-
-def _merging_refused(*_: Any, **__: Any) -> None:
-    raise UserError(
-        "merging an adapter into 4-bit weights is refused: Q(W + BA) differs from Q(W) + BA, which training used. "
-        "Serve the adapter beside the packed base, or load the bf16 base without apply_qat and merge there."
-    )

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter as _preserve_version
 
 from .linear import read
 from .state import PackedWeight, QATModule
@@ -42,22 +41,24 @@ class _Release(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weights: list[tuple[PackedWeight, Tensor, int]]) -> Tensor:
-        ctx.sources = [(weight, generation) for weight, _, generation in weights]
-        # Detached aliases: they share the storage, not the graph. Saved the official way, so that checkpointing sees
-        # them.
-        ctx.save_for_backward(*(w.detach() for _, w, _ in weights))
+        ctx.sources = [(weight, generation, w.shape) for weight, w, generation in weights]
+        # Empty views: they lead to the storage, and hooks that copy or move what is saved find nothing to copy. Saved
+        # the official way, so that activation checkpointing gives us those of the recomputed weights.
+        ctx.save_for_backward(*(w.detach().flatten()[:0] for _, w, _ in weights))
         for _, w, _ in weights:
             w.untyped_storage().resize_(0)
-        return out.view_as(out)
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        for (weight, generation), w in zip(ctx.sources, ctx.saved_tensors, strict=True):
+        for (weight, generation, shape), empty in zip(ctx.sources, ctx.saved_tensors, strict=True):
             weight.check_generation(generation)
-            storage = w.untyped_storage()
-            if storage.size() == 0:  # else: recomputed a moment ago, or an offloading hook kept the values
-                storage.resize_(w.numel() * w.element_size())
-                with torch.no_grad(), _preserve_version(w):
+            storage = empty.untyped_storage()
+            if storage.size() == 0:  # else: recomputed a moment ago
+                storage.resize_(shape.numel() * empty.element_size())
+                w = empty.new_empty(0).set_(storage, 0, shape)
+                with torch.no_grad():
                     weight.kept(w.dtype, out=w)
         return grad, None
 

@@ -27,8 +27,7 @@ def _cudagraph_unsafe() -> tuple[Any, ...]:
 
 @torch.library.custom_op("nvfp4_qat::read", mutates_args=(), tags=_cudagraph_unsafe())
 def _read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight = PackedWeight.lookup(handle)
-    return weight.read(dtype), torch.tensor(weight.generation)
+    return PackedWeight.lookup(handle).read_generation(master, dtype)
 
 
 @_read.register_fake
@@ -51,8 +50,7 @@ def read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     if torch.compiler.is_compiling():
         result: tuple[Tensor, Tensor] = _read(master, handle, dtype)
         return result
-    weight = PackedWeight.lookup(handle)
-    return weight.read(dtype), torch.tensor(weight.generation)
+    return PackedWeight.lookup(handle).read_generation(master, dtype)
 
 
 def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
@@ -63,13 +61,29 @@ def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.
     return PackedWeight.lookup(handle).read_again(dtype, int(generation))
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The dequantized weight as a function of the master whose derivative is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, w: Tensor) -> Tensor:
+        ctx.dtype = master.dtype
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
 class _Linear(torch.autograd.Function):
     """``F.linear`` with a dequantized weight; the derivative of dequantization is the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
         w, generation = read(master, handle, x.dtype)
-        ctx.save_for_backward(x, master, handle, generation)
+        ctx.dtype, ctx.shape = x.dtype, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, handle, generation)
+        if not torch.compiler.is_compiling():
+            ctx.keep_alive = PackedWeight.lookup(handle)  # the model may be dropped before backward
         return F.linear(x, w, bias)
 
     @staticmethod
@@ -78,10 +92,12 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_master = grad_bias = None
         if ctx.needs_input_grad[0]:
-            w = read_again(master, handle, generation, x.dtype, grad)
-            grad_x = (rows @ w).view(x.shape)
+            w = read_again(master, handle, generation, ctx.dtype, grad)
+            if torch.is_grad_enabled():  # create_graph=True: this product depends on the weight as well
+                w = _StraightThrough.apply(master, w)  # type: ignore[no-untyped-call]
+            grad_x = (rows @ w).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_master = (x.reshape(-1, x.shape[-1]).t() @ rows).t().to(master.dtype)
+            grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_master, grad_bias, None
@@ -94,11 +110,13 @@ class QATLinear(QATModule, nn.Linear):
         """``input`` ``[..., in_features]`` → ``[..., out_features]``, as `nn.Linear` (autocast included)."""
         bias: Tensor | None = self.bias
         device = input.device.type
+        dtype = self.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        elif input.dtype != self.weight.dtype:
-            raise RuntimeError(f"expected an input of dtype {self.weight.dtype}, as the weight, but got {input.dtype}")
+            if input.is_floating_point() and input.dtype != torch.float64:  # what autocast casts
+                input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        if input.dtype != dtype:
+            raise RuntimeError(f"expected an input of dtype {dtype}, but got {input.dtype}")
         result: Tensor = _Linear.apply(input, self.weight, bias, self._qat_handle)  # type: ignore[no-untyped-call]
         return result
 

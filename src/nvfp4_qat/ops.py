@@ -69,7 +69,7 @@ def amax(w: Tensor, batch_dims: int = 0) -> Tensor:
         from . import launch
 
         return launch.amax(w.detach(), batch_dims)
-    out = torch.zeros(w.shape[:batch_dims], dtype=torch.float32)
+    out = torch.zeros(w.shape[:batch_dims], dtype=torch.float32, device=w.device)
     flat = out.view(-1)
     for batch, rows, (piece,) in _pieces(out, w.detach()):
         if rows.start == 0:

@@ -93,12 +93,12 @@ def _value_pairs(device: torch.device) -> Tensor:
     """The two E2M1 values of each of the 256 bytes, a pair of float32 in one int64: one lookup serves two codes."""
     with torch.inference_mode(False):
         values = [[SIGNED_GRID[byte & 15], SIGNED_GRID[byte >> 4]] for byte in range(256)]
-        return torch.tensor(values, device=device).view(torch.int64).flatten()
+        return torch.tensor(values, dtype=torch.float32, device=device).view(torch.int64).flatten()
 
 
 def fake_quantize(w: Tensor, g: Tensor) -> Tensor:
     """``dequantize(quantize(w))`` in ``w``'s dtype."""
     codes, scale = _codes(w, g)
-    grid = torch.tensor(SIGNED_GRID, device=w.device)
+    grid = torch.tensor(SIGNED_GRID, dtype=torch.float32, device=w.device)
     value = grid.index_select(0, codes.flatten().int()).view(codes.shape)
     return _scaled(value, scale, g).to(w.dtype)

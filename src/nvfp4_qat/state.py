@@ -10,71 +10,49 @@ What tells that a weight changed. No single signal sees everything (measured on 
 write                              what moves             therefore
 =================================  =====================  ==============================================================
 SGD, AdamW (for-loop, foreach)     ``_version``           compared at each read
-``fused=True`` optimizers          nothing                a hook after every `torch.optim` step counts on its parameters
-``p.data = x``, ``p.data.mul_()``  nothing                `QATParameter` counts accesses to ``data``
-``load_state_dict``                ``_version``           counted as well, by the module's own loading
+``fused=True`` optimizers          nothing                a hook after every `torch.optim` step notes its parameters
+``p.data = x``, ``p.data.mul_()``  nothing                `QATParameter` notes accesses to ``data``
+``load_state_dict``                ``_version``           noted as well, by the module's own loading
 ``load_state_dict(assign=True)``   the object             compared at each read
 ``.to(device)``, ``.to_empty``     the address            compared at each read
-a checkpoint reader that writes    nothing                `state_dict()` counts as a possible write
+a checkpoint reader that writes    nothing                `state_dict()` is noted as a possible write
 into ``state_dict()``'s aliases
+another process (shared memory),   nothing                such a weight is packed and compared at each read
+or a weight made in inference mode
+``dist.broadcast(p)`` and other    nothing                **not seen**: call `nvfp4_qat.refresh`
+collectives on the parameter
+an alias kept from ``p.data``,     nothing                **not seen** if the weight was read in between: `refresh`
+written later
+a foreign kernel                   nothing                **not seen**: `refresh`
 =================================  =====================  ==============================================================
 
-A write that none of these sees (an optimizer outside `torch.optim` that writes to raw memory) needs
-`nvfp4_qat.refresh`; without it the next export or sync packs again, sees other bytes at an unchanged signature and
-raises.
+What is not seen does not go unnoticed for good: the next export or sync packs again, sees other bytes at an unchanged
+signature and raises.
 
 Packed tensors are plain attributes and not buffers: DDP would broadcast buffers, ``.bfloat16()`` would cast them and
 ``state_dict`` would hold them.
 """
 
 import itertools
+import secrets
+import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
+from .adapters import guard
 from .errors import MismatchError, UserError
 from .format import BLOCK
+from .parameter import QATParameter, adopt, after_optimizer_step, check_adoptable
 
-
-class QATParameter(nn.Parameter):
-    """A parameter that counts what PyTorch's version counter misses. A plain one becomes it by `adopt`, in place."""
-
-    _writes = 0
-    _maybe_written = 0
-
-    @property
-    def data(self) -> Tensor:
-        self._maybe_written += 1  # the caller may write into the alias it gets
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self._writes += 1
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-
-
-def adopt(parameter: nn.Parameter) -> QATParameter:
-    """Turn a plain parameter into a `QATParameter` without changing its identity (optimizers may hold it already)."""
-    if type(parameter) is nn.Parameter:
-        parameter.__class__ = QATParameter
-    if not isinstance(parameter, QATParameter):
-        raise UserError(
-            f"a quantized weight has become a {type(parameter).__name__}: apply_qat in module mode needs plain "
-            "parameters (one GPU, or DDP around the model). Sharded parameters are not supported in module mode."
-        )
-    return parameter
-
-
-def mark_written(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Optimizer post-step hook: every quantized parameter the optimizer owns has changed."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if isinstance(parameter, QATParameter):
-                parameter._writes += 1
+_packing = threading.RLock()
+"""One thread packs at a time; the others wait for it instead of packing the same weights again."""
 
 
 class FusionGroup:
@@ -97,39 +75,54 @@ class FusionGroup:
 
     def ensure_fresh(self) -> None:
         """Pack again if any member changed since it was last packed."""
-        members = self.members()
-        changed = [m for m in members if m.signature() != m.seen]
-        if changed:
-            certain = any(m.seen is None or m.signature()[1:] != m.seen[1:] for m in changed)
-            self.commit(self.pack(), certain)
+        if self.stale():
+            with _packing:
+                if self.stale():
+                    self.commit(self.pack(), self.surely_stale())
 
-    def pack(self) -> list[tuple["PackedWeight", ops.PackedNVFP4]]:
+    def surely_stale(self) -> bool:
+        """Whether a member was written, not only handed out."""
+        return any(m.seen is None or m.signature()[1:] != m.seen[1:] for m in self.members())
+
+    def pack(self) -> list["Packing"]:
         """Pack every member from its master weight into new tensors; nothing kept here changes."""
         members = self.members()
+        if not members:
+            raise UserError(f"the modules of the fusion group {self.name} are gone: pass a model that is still alive")
         with torch.inference_mode(False), torch.no_grad():
+            signatures = [m.signature() for m in members]  # before reading: a write from now on makes it stale again
             amaxes = [ops.amax(m.master(), m.batch_dims) for m in members]
             for member, amax in zip(members, amaxes, strict=True):
                 ops.check_amax(amax, member.name)
             g = ops.global_scale(torch.stack(amaxes).amax(0), self.policy, self.name)
             packed = []
-            for member in members:
+            for member, signature in zip(members, signatures, strict=True):
                 w = member.master().detach()
                 codes = torch.empty((*w.shape[:-1], w.shape[-1] // 2), dtype=torch.uint8, device=w.device)
                 scale = torch.empty((*w.shape[:-1], w.shape[-1] // BLOCK), dtype=torch.uint8, device=w.device)
                 ops.quantize_into(w, g, codes, scale)
-                packed.append((member, ops.PackedNVFP4(codes, scale.view(torch.float8_e4m3fn), g)))
+                value = ops.PackedNVFP4(codes, scale.view(torch.float8_e4m3fn), g)
+                packed.append(Packing(member, value, signature))
             return packed
 
-    def commit(self, packed: list[tuple["PackedWeight", ops.PackedNVFP4]], certain: bool = True) -> None:
+    def commit(self, packed: list["Packing"], certain: bool) -> None:
         """Make a result of `pack` what training reads; ``certain=False``: the weights may well be unchanged."""
         with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training as well
-            for member, new in packed:
+            for member, new, signature in packed:
                 if certain or not member.holds(new):
                     member.store(new)
-                member.seen = member.signature()
+                member.seen = signature
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "policy": self.policy, "_members": []}  # members add themselves when they are bound
+
+
+class Packing(NamedTuple):
+    """A member packed anew: its value, and its signature from before it was read."""
+
+    member: "PackedWeight"
+    value: ops.PackedNVFP4
+    signature: tuple[Any, ...]
 
 
 class PackedWeight:
@@ -141,7 +134,9 @@ class PackedWeight:
         batch_dims: 1 for fused experts (one global scale per expert), else 0.
     """
 
-    _handles: ClassVar[Iterator[int]] = itertools.count(1)
+    # From a random number on: a graph exported by another process must not find a weight of this one.
+    _handles: ClassVar[Iterator[int]] = itertools.count(secrets.randbits(62))
+    _never_twice: ClassVar[Iterator[int]] = itertools.count(-1, -1)
     _by_handle: ClassVar["weakref.WeakValueDictionary[int, PackedWeight]"] = weakref.WeakValueDictionary()
 
     def __init__(self, name: str, group: FusionGroup, batch_dims: int) -> None:
@@ -168,7 +163,10 @@ class PackedWeight:
 
     @classmethod
     def lookup(cls, handle: Tensor) -> "PackedWeight":
-        return cls._by_handle[int(handle)]
+        weight = cls._by_handle.get(int(handle))
+        if weight is None:
+            raise UserError("the model this 4-bit weight belongs to is gone, or lives in another process")
+        return weight
 
     def alive(self) -> bool:
         return self._owner is not None and self._owner() is not None
@@ -176,19 +174,16 @@ class PackedWeight:
     def master(self) -> QATParameter:
         """The parameter as it is now; a parameter that replaced it is adopted."""
         module = self._owner() if self._owner else None
-        parameter = module._parameters.get(self._parameter) if module is not None else None
-        if parameter is None:
-            raise UserError(
-                f"{self.name} is no longer a parameter of its module. Module mode needs plain parameters: remove "
-                "parametrizations before apply_qat, and do not wrap the model in FSDP1."
-            )
-        return parameter if type(parameter) is QATParameter else adopt(parameter)
+        return adopt(module._parameters.get(self._parameter) if module is not None else None, self.name)
 
     def signature(self) -> tuple[Any, ...]:
         """Equal as long as nothing is known to have changed. First what only *may* mean a write."""
         p = self.master()
-        version = -1 if p.is_inference() else p._version
-        return p._maybe_written, p._writes, version, id(p), p.data_ptr(), p.device
+        maybe, written = p.notes()
+        inference = p.is_inference()
+        if inference or (p.device.type == "cpu" and p.untyped_storage().is_shared()):
+            maybe = next(self._never_twice)
+        return maybe, written, -1 if inference else p._version, id(p), p.data_ptr(), p.device
 
     def holds(self, new: ops.PackedNVFP4) -> bool:
         """Whether the kept copy equals ``new``, byte for byte."""
@@ -211,10 +206,32 @@ class PackedWeight:
         for kept, fresh in zip(self._tensors(), new.tensors(), strict=True):
             kept.copy_(fresh)
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight of the current master, packing first if it changed."""
+    def read(self, master: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, packing first if the master changed.
+
+        Args:
+            master: what the caller takes for the master weight.
+            dtype: of the result.
+
+        Raises:
+            MismatchError: ``master`` is another tensor than the module's parameter.
+        """
+        if master.data_ptr() != self.master().data_ptr():
+            raise MismatchError(
+                f"{self.name} is computed with another tensor than its module's parameter (a replica, or a copy made "
+                "by functional_call or a compiler): such a copy has no 4-bit form"
+            )
+        if master.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UserError(
+                f"{self.name} is read while a CUDA graph is captured: its replays would never look for new weights. "
+                'Let torch.compile(mode="reduce-overhead") capture graphs; it leaves this read outside of them.'
+            )
         self.group.ensure_fresh()
         return self.kept(dtype)
+
+    def read_generation(self, master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`read`, and which generation of the packed copy it was, int64 ``[]`` on the CPU, for `read_again`."""
+        return self.read(master, dtype), torch.tensor(self.generation, device="cpu")
 
     def read_again(self, dtype: torch.dtype, generation: int) -> Tensor:
         """The dequantized weight that a forward saw, for its backward.
@@ -260,29 +277,33 @@ class QATModule(nn.Module):
     _qat_handles: dict[str, Tensor]
 
     def _bind_qat(self, weights: dict[str, PackedWeight]) -> None:
+        _install_hooks()
         self._qat_weights = weights
         self._qat_handles = {name: weight.bind(self, name) for name, weight in weights.items()}
-        for name in weights:
-            parameter = self._parameters[name]
-            assert parameter is not None
-            adopt(parameter)
+        for weight in weights.values():
+            weight.master()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._bind_qat(self._qat_weights)
+        # New objects: those in `state` may be the ones of a module that is still in use (copy.copy).
+        self._bind_qat({n: PackedWeight(w.name, w.group, w.batch_dims) for n, w in self._qat_weights.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_qat_weights", ()) and isinstance(value, nn.Parameter):
+            check_adoptable(value, self._qat_weights[name].name)  # FSDP2 shards by setting the attribute
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._count("_writes")
+        self._note(certain=True)
 
     def _save_to_state_dict(self, *args: Any) -> None:
         super()._save_to_state_dict(*args)
-        self._count("_maybe_written")
+        self._note(certain=False)
 
-    def _count(self, what: str) -> None:
+    def _note(self, certain: bool) -> None:
         for weight in self._qat_weights.values():
-            master = weight.master()
-            setattr(master, what, getattr(master, what) + 1)
+            weight.master().note(certain)
 
 
 def packed_weights_of(model: nn.Module) -> Iterator[PackedWeight]:
@@ -290,3 +311,13 @@ def packed_weights_of(model: nn.Module) -> Iterator[PackedWeight]:
     for module in model.modules():
         if isinstance(module, QATModule):
             yield from module._qat_weights.values()
+
+
+_hooks: list[Any] = []
+
+
+def _install_hooks() -> None:
+    """Once a process, when its first quantized module is made or unpickled."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(after_optimizer_step))
+        _hooks.append(register_module_module_registration_hook(guard))
