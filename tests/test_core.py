@@ -96,3 +96,40 @@ def test_the_plan_survives_wrapping():
     plan = nq.apply_qat(model, ON)
     assert nq.qat_plan(nn.Sequential(model)) is plan
     assert nq.qat_plan(torch.compile(model)) is plan
+
+
+def test_a_module_with_a_forward_of_its_own_is_refused():
+    model = stack()
+    layer = model.blocks[0].up_proj
+    layer.forward = layer.forward  # what accelerate's device_map leaves behind: it would bypass QAT
+    before = classes(model)
+    with pytest.raises(nq.UserError, match="forward of its own"):
+        nq.apply_qat(model, ON)
+    assert classes(model) == before
+
+
+def test_an_unusual_parameter_is_refused_before_anything_changes():
+    class Special(nn.Parameter):
+        pass
+
+    model = stack()
+    model.blocks[1].up_proj.weight = Special(torch.randn(48, 32))
+    before = classes(model)
+    with pytest.raises(nq.UserError, match="Special"):
+        nq.apply_qat(model, ON)
+    assert classes(model) == before
+
+
+def test_transformer_encoder_layers_are_quantized_in_eval_as_in_training():
+    model = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    nq.apply_qat(model, ON)
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_without_elements_stay_as_they_are():
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.ModuleDict({"a": nn.Linear(0, 16), "b": nn.Linear(16, 0), "c": nn.Linear(16, 16)})
+    plan = nq.apply_qat(model, ON)
+    assert [e.module for e in plan.quantized] == ["c"]

@@ -1,6 +1,10 @@
 """Training never computes with a stale 4-bit copy: every way to change a weight, and the check behind them all."""
 
 import copy
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -149,6 +153,80 @@ def test_weights_may_be_loaded_after_apply_qat_on_meta():
     assert_fresh(model)
 
 
+def test_an_object_that_takes_the_place_of_another_is_never_taken_for_it():
+    model = stack()
+    nq.apply_qat(model, ON)
+    layer = model.blocks[0].down_proj
+    for i in range(50):  # ids, addresses and version numbers recur when a parameter is dropped before the next is made
+        values = torch.full((32, 48), 0.01 * i)
+        layer._parameters["weight"] = None
+        layer._parameters["weight"] = nn.Parameter(values.clone())
+        assert_fresh(model)
+
+
+def test_weights_in_shared_memory_and_inference_tensors_are_compared_at_each_read():
+    model = stack()
+    model.share_memory()
+    nq.apply_qat(model, ON)
+    assert_fresh(model)
+    model.blocks[0].up_proj.weight.detach().numpy()[:] *= 3  # as another process writes
+    assert_fresh(model)
+    with torch.inference_mode():
+        model = stack()
+        nq.apply_qat(model, ON)
+        assert_fresh(model)
+        model.blocks[0].up_proj.weight.mul_(3)
+        assert_fresh(model)
+
+
+def test_a_model_unpickled_in_another_process_is_watched_too(tmp_path):
+    model = stack()
+    nq.apply_qat(model, ON)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import torch\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)\n"
+        "for _ in range(2):\n"
+        "    x = torch.randn(3, 32)\n"
+        "    assert torch.equal(model(x), model.reference(x))\n"
+        "    model(x).sum().backward()\n"
+        "    optimizer.step()\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_copy_copy_leaves_the_original_watched():
+    model = stack()
+    nq.apply_qat(model, ON)
+    copy.copy(model.blocks[0].down_proj)  # dies at once
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+    model(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert_fresh(model)
+    list(pack_from_masters(model))
+
+
+def test_threads_that_meet_a_new_weight_pack_it_once():
+    model = stack()
+    nq.apply_qat(model, ON)
+    x = torch.randn(4, 32)
+    for _ in range(5):
+        torch.optim.SGD(model.parameters(), lr=1e-5).step()
+        model.zero_grad()
+        edit_no_grad(model)
+
+        def work(_):
+            y = model(x)
+            y.sum().backward()
+            return y.detach()
+
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(work, range(4)))
+        assert all(torch.equal(r, model.reference(x)) for r in results)
+
+
 def invisible_write(weight: torch.Tensor) -> None:
     """A write PyTorch cannot see, as a foreign optimizer's kernel makes it."""
     weight.detach().numpy()[:] *= 1.5
@@ -186,6 +264,14 @@ def test_packing_again_agrees_with_training_and_leaves_it_fresh():
         assert (
             kept[name].value.packed.data_ptr() != value.packed.data_ptr()
         )  # later steps must not change what was sent
+
+
+def test_a_replaced_or_lost_module_is_an_error_at_the_next_export():
+    model = stack()
+    nq.apply_qat(model, ON)
+    model.blocks[0].gate_proj = nn.Linear(32, 48, bias=False)
+    with pytest.raises(nq.MismatchError, match=r"blocks\.0\.gate_proj\.weight: its module was replaced"):
+        list(pack_from_masters(model))
 
 
 def test_nan_in_a_weight_names_the_tensor():

@@ -275,3 +275,70 @@ def test_packed_value_is_what_quantize_gives():
     expected = quantize(model["proj"].weight, global_scale(amax(model["proj"].weight)))
     assert torch.equal(value.packed, expected.packed)
     assert torch.equal(value.scale.view(torch.uint8), expected.scale.view(torch.uint8))
+
+
+def test_gradients_of_gradients():
+    model = stack(depth=1)
+    reference = copy.deepcopy(model)
+    nq.apply_qat(model, ON)
+
+    def penalty(forward, parameters):
+        x = torch.ones(3, 32, requires_grad=True)
+        (gradient,) = torch.autograd.grad(forward(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), parameters)
+
+    got = penalty(model, list(model.parameters())[:3])
+    want = penalty(reference.reference, list(reference.parameters())[:3])
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_a_frozen_layer_does_not_keep_its_input():
+    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    nq.apply_qat(nn.ModuleDict({"proj": layer}), ON)
+    x = torch.randn(8, 64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in saved}
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(8, 64) @ straight_through(layer.weight))
+
+
+def test_the_model_may_be_dropped_before_backward():
+    x = torch.randn(2, 32, requires_grad=True)
+
+    def forward():
+        model = stack()
+        nq.apply_qat(model, ON)
+        return model(x)
+
+    forward().sum().backward()
+    assert x.grad is not None
+
+
+def test_a_tensor_that_is_not_the_parameter_is_refused():
+    model = stack()
+    nq.apply_qat(model, ON)
+    other = {name: p.detach() * 2 for name, p in model.named_parameters()}
+    with pytest.raises(nq.UserError, match="plain parameters"):
+        torch.func.functional_call(model, other, (torch.randn(2, 32),))
+
+
+def test_default_dtype_and_device_do_not_matter():
+    from nvfp4_qat import reference
+
+    model = stack()
+    nq.apply_qat(model, ON)
+    x = torch.randn(2, 32)
+    expected = model.reference(x)
+    with torch.no_grad():
+        model.blocks[0].up_proj.weight.mul_(1.0)
+    reference._value_pairs.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = model(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)

@@ -96,3 +96,33 @@ def test_experts_with_adapters_on_attention():
     nq.apply_qat(wrapped, ON)
     wrapped(IDS).logits.square().sum().backward()
     assert all(p.grad is not None for p in adapters(wrapped).values())
+
+
+@pytest.mark.parametrize("order", ["adapters first", "qat first"])
+def test_dora_is_refused_because_it_reads_the_weight(order):
+    model = qwen3()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+    if order == "qat first":
+        nq.apply_qat(model, ON)
+        with pytest.raises(nq.UserError, match="DoRA"):
+            peft.get_peft_model(model, config)
+    else:
+        wrapped = peft.get_peft_model(model, config)
+        with pytest.raises(nq.UserError, match="DoRA"):
+            nq.apply_qat(wrapped, ON)
+
+
+def test_unknown_adapter_methods_are_refused():
+    model = qwen3()
+    nq.apply_qat(model, ON)
+    with pytest.raises(nq.UserError, match="hra"):
+        peft.get_peft_model(model, peft.HRAConfig(r=4, target_modules=["q_proj"]))
+
+
+def test_a_second_trained_copy_of_a_quantized_layer_is_an_error_at_export():
+    model = qwen3()
+    nq.apply_qat(model, ON)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(nq.MismatchError, match="modules_to_save"):
+        list(nq.packed_weights(wrapped))

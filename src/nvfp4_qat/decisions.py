@@ -127,6 +127,8 @@ def _case(weight: Weight, siblings: Mapping[str, set[str]], slices: Slices) -> _
             case.reason = f"{weight.param} is not the weight of a linear layer"
         elif case.reason is None and len(weight.shape) != 2:
             case.reason = f"a linear layer's weight has two dimensions, this one {len(weight.shape)}"
+        elif case.reason is None and 0 in weight.shape:
+            case.reason = "it has no elements"
         elif case.reason is None and weight.shape[1] % BLOCK:
             case.reason = odd_k(weight.shape[1])
     else:
