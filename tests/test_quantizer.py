@@ -259,11 +259,17 @@ def test_bad_ranks(ranks):
 def test_sharded_models_are_refused(one_rank):
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     model = make(dtype=torch.float32)
-    plan = nq.qat_plan(model)
-    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-    with pytest.raises(nq.UserError, match=r"embed_tokens\.weight is sharded .*DTensor.*QATQuantizer"):
+    with pytest.raises(nq.UserError, match="DTensor"):
+        fully_shard(model, mesh=mesh)
+    model = make(dtype=torch.float32)
+    fully_shard(model.lm_head, mesh=mesh)
+    with pytest.raises(nq.UserError, match=r"lm_head\.weight is sharded .*DTensor.*QATQuantizer"):
         packed_weights(model)
+    model = make(apply=False, dtype=torch.float32)
+    plan = nq.QuantPlan.from_model(model, ON)
+    fully_shard(model, mesh=mesh)
     with pytest.raises(nq.UserError, match=r"is sharded .*DTensor"):
         collect(QATQuantizer(ON, plan).quantize(model.named_parameters()))
     model = make(dtype=torch.float32)
