@@ -362,9 +362,7 @@ def test_the_mismatch_without_qat_is_far_above_the_others(tmp_path, moe):
         k3[arm] = sum(row["rollout_corr/k3_kl"] for row in rows) / len(rows)
     # So narrow a model often rounds to the very same bits in both programs: the floor may be zero.
     assert k3["noqat"] > 1e-5
-    # Measured with a model this narrow: 10 and 25 on one CPU, 6 on another, whose bf16 products round differently. Real
-    # models give hundreds (docs/results); that trainer and engine weights are equal to the bit is tested on its own.
-    assert k3["noqat"] > 4 * max(k3["qat"], k3["bf16"])
+    assert k3["noqat"] > 10 * max(k3["qat"], k3["bf16"])
 
 
 def test_a_step_without_a_group_to_learn_from_trains_nothing(tmp_path):
