@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,6 +76,14 @@ def commands(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+def one_process_group() -> dict[str, str]:
+    """What torchrun would set for a single process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def test_every_block_names_its_language():
     known = {"python", "bash", "yaml", "text"}
     assert [str(block) for block in BLOCKS if block.language not in known] == []
@@ -96,6 +106,7 @@ def test_python_blocks_run(page, tmp_path):
         text=True,
         cwd=tmp_path,
         timeout=300,
+        env={**os.environ, **one_process_group()},
     )
     assert done.returncode == 0, done.stderr
 

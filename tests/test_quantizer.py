@@ -256,17 +256,23 @@ def test_bad_ranks(ranks):
         packed_weights(make(), ranks=ranks)
 
 
-def test_sharded_models_are_refused(one_rank):
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+def test_a_model_may_be_sharded_in_part(one_rank):
+    from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     model = make(dtype=torch.float32)
-    with pytest.raises(nq.UserError, match="DTensor"):
-        fully_shard(model, mesh=mesh)
-    model = make(dtype=torch.float32)
+    expected = collect(packed_weights(model))
     fully_shard(model.lm_head, mesh=mesh)
-    with pytest.raises(nq.UserError, match=r"lm_head\.weight is sharded .*DTensor.*QATQuantizer"):
-        packed_weights(model)
+    fully_shard(model.model.layers[0].mlp, mesh=mesh)
+    found = collect(packed_weights(model))
+    assert list(found) == list(expected)
+    assert all(same_bytes(found[name], expected[name]) for name in expected)
+
+
+def test_where_full_tensors_are_needed_sharded_ones_are_refused(one_rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     model = make(apply=False, dtype=torch.float32)
     plan = nq.QuantPlan.from_model(model, ON)
     fully_shard(model, mesh=mesh)

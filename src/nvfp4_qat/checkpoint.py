@@ -21,11 +21,11 @@ from .checkpoint_names import transformers_model
 from .core import qat_plan
 from .errors import UserError
 from .inventory import take_inventory
-from .model_tensors import model_tensors
+from .model_tensors import has_dtensors, model_tensors
 from .ops import PackedNVFP4
 from .plan import QuantPlan
 from .quantizer import packed_names, packed_weights
-from .safetensors_io import ShardWriter
+from .safetensors_io import ShardWriter, TensorSpec
 from .stored_checkpoint import StoredCheckpoint, build_model, expected_tensors, open_checkpoint, write_record
 from .verify import verify_checkpoint
 
@@ -45,23 +45,43 @@ def save_checkpoint(
 
     Args:
         model: a transformers model after `apply_qat`, bare or wrapped; adapters on it are left out. In a DDP run call
-            this on one rank.
+            this on one rank. With FSDP2 call it on every rank: rank 0 writes, and all ranks return or raise together.
         path: a directory that does not exist or is empty.
         tokenizer: saved beside the weights if given.
         shard_bytes: largest size of one safetensors file.
 
     Raises:
-        UserError: `apply_qat` was not called; the model is sharded or not a transformers model; NaN or Inf in a weight;
-            the directory is not empty; the disk is full or cannot be written to. Nothing is left behind.
+        UserError: `apply_qat` was not called; the model is not a transformers model, or sharded by FSDP1; NaN or Inf in
+            a weight; the directory is not empty; the disk is full or cannot be written to. Nothing is left behind.
         StaleWeightsError: training has used old packed copies; see `nvfp4_qat.core.pack_from_masters`.
     """
     plan = qat_plan(model)
     bare = transformers_model(take_inventory(model).model)
     if bare is None:
         raise UserError(f"a checkpoint needs a transformers model with its config, not {type(model).__name__}")
-    weights = packed_weights(model)
     specs = list(expected_tensors(model, plan))
-    with _appearing_whole(Path(path), sum(spec.nbytes for spec in specs)) as directory:
+
+    def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+        _write(Path(path), bare, plan, specs, weights, tokenizer, shard_bytes)
+
+    if has_dtensors(model):
+        from .sharded_stream import on_rank_zero  # needs torch.distributed
+
+        on_rank_zero(packed_weights(model, ranks=0), write)
+    else:
+        write(packed_weights(model))
+
+
+def _write(
+    path: Path,
+    bare: Any,
+    plan: QuantPlan,
+    specs: list[TensorSpec],
+    weights: Iterator[tuple[str, Tensor]],
+    tokenizer: Any,
+    shard_bytes: int,
+) -> None:
+    with _appearing_whole(path, sum(spec.nbytes for spec in specs)) as directory:
         with ShardWriter(directory, specs, shard_bytes) as writer:
             for name, tensor in weights:
                 writer.write(name, tensor)

@@ -5,13 +5,16 @@ the exporter writes. It stays on the model (`qat_plan`), so that nothing downstr
 quantized.
 """
 
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .adapters import check_adapters
+from .batch import Family
 from .config import QATConfig
 from .errors import MismatchError, StaleWeightsError, UserError
 from .experts import to_qat_experts
@@ -21,18 +24,25 @@ from .parameter import check_adoptable
 from .plan import QuantizedTensor, QuantPlan, canonical_name
 from .state import FusionGroup, PackedWeight, Packing, QATModule, packed_weights_of
 
+if TYPE_CHECKING:
+    from .gather import Gather
+
 
 def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) -> QuantPlan:
     """Make a model train through NVFP4 weights, in place.
 
-    Each planned `nn.Linear` becomes a `QATLinear` and each fused experts module a `QATExperts`. Parameters keep their
-    identity, names, dtype and device, so an optimizer made before or after works and the state dict does not change.
-    Call it after PEFT adapters are attached (or before) and before DDP wraps the model.
+    Module mode (``gather=None``): each planned `nn.Linear` becomes a `QATLinear` and each fused experts module a
+    `QATExperts`. Parameters keep their identity, names, dtype and device, so an optimizer made before or after works
+    and the state dict does not change. Call it after PEFT adapters are attached (or before) and before DDP or FSDP
+    wraps the model.
+
+    Gather mode (``gather="nvfp4"``): modules stay as they are, and FSDP2 gathers the planned weights in 4 bits
+    (`nvfp4_qat.gather`). Call it before ``fully_shard``, and make the optimizer after that.
 
     Args:
         model: a model on any device; on ``meta`` the weights may be loaded later.
         config: what to quantize and how. With ``enable=False`` the model is left as it is, with a warning.
-        gather: only None so far: module mode.
+        gather: None or "nvfp4".
 
     Returns:
         The plan: every 4-bit tensor with its fusion group, every other one with the reason.
@@ -41,9 +51,9 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
         UserError: QAT was applied already, the config does not fit the model, or nothing is left to quantize. The model
             is unchanged then.
     """
-    if gather is not None:
-        raise UserError(f"gather={gather!r} is not there yet: leave it out for module mode (one GPU or DDP)")
-    if any(isinstance(m, QATModule) for m in model.modules()):
+    if gather not in (None, "nvfp4"):
+        raise UserError(f'unknown gather={gather!r}: use "nvfp4" (FSDP2 gathers packed weights) or leave it out')
+    if any(isinstance(m, QATModule) or "_nvfp4_plan" in m.__dict__ for m in model.modules()):
         raise UserError("apply_qat was called on this model before: apply it once, to the model as it was loaded")
     plan = QuantPlan.from_model(model, config)
     if not config.enable:
@@ -52,9 +62,22 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for entry in plan.quantized:
         _check_module(entry, modules[entry.module])
+    if gather is not None:
+        from .attach import attach  # needs torch.distributed
+
+        attach(model, plan)
+    else:
+        _convert_modules(plan, modules)
+    check_adapters(model)
+    model._nvfp4_plan = plan  # type: ignore[assignment]
+    return plan
+
+
+def _convert_modules(plan: QuantPlan, modules: dict[str, nn.Module]) -> None:
     by_module: dict[str, dict[str, PackedWeight]] = defaultdict(dict)
+    family = Family()
     for group_name, members in plan.groups().items():
-        group = FusionGroup(group_name, config.global_scale)
+        group = FusionGroup(group_name, plan.config.global_scale, family)
         for entry in members:
             by_module[entry.module][entry.param] = PackedWeight(entry.name, group, entry.batch_dims)
     for name, weights in by_module.items():
@@ -63,12 +86,9 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
             to_qat_linear(module, weights["weight"])
         else:
             to_qat_experts(module, weights)
-    check_adapters(model)
-    for module in model.modules():
+    for module in modules.values():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(_no_fast_path)
-    model._nvfp4_plan = plan  # type: ignore[assignment]
-    return plan
 
 
 def _check_module(entry: QuantizedTensor, module: nn.Module) -> None:
@@ -101,14 +121,25 @@ def qat_plan(model: nn.Module) -> QuantPlan:
 
 
 def refresh(model: nn.Module) -> None:
-    """Pack every quantized weight now, whether or not a change was noticed.
+    """Pack every quantized weight now, whether or not a change was noticed. Collective in gather mode.
 
     Needed only after weights were written in a way PyTorch cannot see (an optimizer outside `torch.optim` that writes
     to raw memory); otherwise the next forward, sync or export does it by itself.
     """
     qat_plan(model)
+    if (gather := _gather_of(model)) is not None:
+        return gather.refresh()
     for group in _groups(model):
-        group.commit(group.pack(), certain=False)
+        if group.window is not None:
+            group.note(certain=False)  # the next forward sees the weights in full
+        else:
+            group.commit(group.pack(), certain=False)
+
+
+def _gather_of(model: nn.Module) -> "Gather | None":
+    """What runs gather mode; looked for only where it has been used, because it needs torch.distributed."""
+    module = sys.modules.get("nvfp4_qat.gather")
+    return module.gather_of(model) if module is not None else None
 
 
 def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
@@ -131,11 +162,11 @@ def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, Packe
     plan = qat_plan(model)
     check_adapters(model)
     _check_coverage(plan, [weight.name for weight in packed_weights_of(model)])
-    groups = list(_groups(model))
-    for i, group in enumerate(groups):
-        packed, stale = _pack_checked(group)
+    groups = [(group, group.stale()) for group in _groups(model)]
+    for i, (group, noticed) in enumerate(groups):
+        packed, stale = _pack_checked(group, noticed)
         if stale:
-            stale += [name for later in groups[i + 1 :] for name in _pack_checked(later)[1]]
+            stale += [name for later in groups[i + 1 :] for name in _pack_checked(*later)[1]]
             raise StaleWeightsError(
                 f"{len(stale)} weights changed without notice, so training used old 4-bit copies of them: "
                 f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
@@ -160,16 +191,16 @@ def _check_coverage(plan: QuantPlan, live: list[str]) -> None:
         )
 
 
-def _pack_checked(group: FusionGroup) -> tuple[list[Packing], list[str]]:
-    """The group packed anew, and the names of members that changed unnoticed."""
-    noticed = group.stale()
+def _pack_checked(group: FusionGroup, noticed: bool) -> tuple[list[Packing], list[str]]:
+    """The group packed anew, and the names of members that changed unnoticed.
+
+    Where a change was noticed the copy that training reads had to be made again anyway: it is, with all others that
+    changed, and copied.
+    """
+    if noticed and (copies := group.copies()) is not None:
+        return copies, []
     packed = group.pack()
-    stale = [] if noticed else [member.name for member, new, _ in packed if not member.holds(new)]
-    if noticed and all(member.fits(new) for member, new, _ in packed):
-        group.commit(
-            packed, certain=False
-        )  # copies into the storages training reads, so the next forward need not pack
-    return packed, stale
+    return packed, [] if noticed else [member.name for member, new, _ in packed if not member.agrees(new)]
 
 
 def _groups(model: nn.Module) -> Iterator[FusionGroup]:

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The four Triton kernels (amax, quantize, dequantize, fake quantize); `launch` starts them.
+"""The four Triton kernels (amax, quantize, dequantize, fake quantize), and the arithmetic that `multi_kernels` shares.
 
 They compute what `reference` computes, bit for bit, on a GPU and in Triton's interpreter (``TRITON_INTERPRET=1``).
 
@@ -12,10 +12,13 @@ start is 64-bit.
 fp32) and compute on the two halves side by side: a pair becomes one packed byte, or comes from one, without moving data
 between lanes.
 
-**Bits.** A value in flight is an fp32 bit pattern in an int32. Rounding to bf16 and to E4M3 is integer arithmetic on
-it, so nothing depends on a conversion instruction: the interpreter's casts to bf16 and fp8 do not round to nearest
-even (Triton 3.6 and 3.9), and GPUs before Ada have none to fp8. The only floating-point operations are IEEE products,
-two IEEE divisions a block, and the addition that rounds to E2M1.
+**Bits.** A value in flight is an fp32 bit pattern in an int32. Rounding is integer arithmetic on it, or the addition of
+a number so large that the last place of fp32 becomes that of the result. Nothing depends on a conversion instruction:
+the interpreter's casts to bf16 and fp8 do not round to nearest even (Triton 3.6 and 3.9), and GPUs before Ada have none
+to fp8. The only floating-point operations are IEEE products, two IEEE divisions a block, and those additions.
+
+**Instructions.** On an H200 memory brings some 6 weights a clock to each multiprocessor, which executes 128 instructions
+in that time, half of them integer ones, comparisons or minima: a weight may cost 20 and 10. Hence rounding by addition.
 
 Deliberately absent: inline assembly, autotuning, and checks on values. A block with a NaN gets the scale NaN.
 """
@@ -37,7 +40,11 @@ INFINITY = tl.constexpr(0xFF << 23)
 NAN = tl.constexpr(0x1FF << 22)
 HIGH_HALF = tl.constexpr(-(1 << 16))
 LOW_HALF = tl.constexpr((1 << 16) - 1)
-ANCHOR_SHIFT = tl.constexpr(2.0**22)
+SIGNS = tl.constexpr(-(1 << 31) | (1 << 15))
+WIDE_SIGNS = tl.constexpr(-(1 << 63) | (1 << 31))
+NIBBLE_SIGNS = tl.constexpr(0x88888888 - (1 << 32))
+UNIT = tl.constexpr(2.0**23)
+UNIT_AND_7 = tl.constexpr(0x4B000007)
 
 
 @triton.jit
@@ -92,6 +99,16 @@ def _pair(low, high, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _with_signs(magnitudes, words, DTYPE: tl.constexpr):
+    """Words of magnitudes with the signs of other words."""
+    if DTYPE == tl.float32:
+        signed = magnitudes | (words & WIDE_SIGNS)
+    else:
+        signed = magnitudes | (words & SIGNS)
+    return signed
+
+
+@triton.jit
 def _tile(blocks_per_item, BLOCKS: tl.constexpr):
     """This program's item, the tile's first block in the tensor (int64), and how many blocks of the item are left."""
     item = tl.program_id(1)
@@ -109,50 +126,90 @@ def _block_scale(amax, inv_g):
 
 
 @triton.jit
-def _e2m1(bits, inv_g, inv_scale):
-    """Round the magnitude of ``(x · inv_g) · inv_scale`` to E2M1; `_code` and `_value` read the two results.
+def _code(magnitude, inv_g, inv_scale):
+    """E2M1 codes without sign, in the last byte of the result, from the bit patterns of ``|x|``.
 
-    With e the exponent of the magnitude, but at least 0, the grid's step is 2^(e-1), which is the last place of fp32
-    numbers around 2^(e+22). Adding such an anchor therefore rounds to the grid, ties to even; subtracting it leaves
-    the rounded magnitude. The anchor is the magnitude times 2^22 without its mantissa. To have it at hand the product
-    is made 2^22 times too large from the start, and the fused multiply-add takes the factor back: both exact. The
-    minimum in between keeps a compiler from fusing more.
-
-    The anchor's last three bits are set to 6, an even number of steps, which makes `_code` short.
+    With p = ``(|x| · inv_g) · inv_scale`` the code is min(2p, p + 2, p/2 + 4, 7), rounded half to even: the grid is
+    three uniform runs, the line of each is below the others where it holds, and codes count along all of them. Around
+    2^23 the last place of fp32 is 1, so adding that to a line rounds it once, and the sum's last byte is the code.
+    Rounding keeps the order, so the minimum may come afterwards, and on positive numbers' bit patterns. The products
+    with 2 and 1/2 are exact, fused or not. NaN and infinity end up at 7.
     """
-    product = (tl.abs(bits.to(tl.float32, bitcast=True)) * inv_g) * (inv_scale * ANCHOR_SHIFT)
-    product = tl.minimum(product, E2M1_MAX * ANCHOR_SHIFT)
-    anchor = (tl.maximum(product, ANCHOR_SHIFT).to(tl.int32, bitcast=True) & EXPONENT) | 6
-    anchor = anchor.to(tl.float32, bitcast=True)
-    return tl.fma(product, 1.0 / ANCHOR_SHIFT, anchor), anchor
+    p = (magnitude.to(tl.float32, bitcast=True) * inv_g) * inv_scale
+    below_2 = tl.fma(p, 2.0, UNIT).to(tl.int32, bitcast=True)
+    below_4 = (p + (UNIT + 2.0)).to(tl.int32, bitcast=True)
+    below_6 = tl.fma(p, 0.5, UNIT + 4.0).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.minimum(tl.minimum(below_2, below_4), below_6), UNIT_AND_7)
 
 
 @triton.jit
-def _code(total, bits):
-    """The 4-bit code of `_e2m1`'s sum, with the sign of ``bits``.
+def _weight(code, scale, g):
+    """``|bf16((value · scale) · g)|`` as an fp32 bit pattern; scale and g come with the factors 2^118 and 2^8.
 
-    Let n be the magnitude in steps: the code is n + 2e. The sum's bit pattern ends in n + 6, and shifted right by 22
-    it is 2 · (e + 22 + 127); the two together are n + 2e + 304, and 304 is 0 modulo 8.
+    The magnitude bits of the code are bits 22 to 24, where fp32 has its last two exponent bits and its first mantissa
+    bit: there they read as the code's value times 2^-126, also for 0 and for 1/2 (an fp32 subnormal). The factors are
+    exact and make up for it.
+
+    For a number of exponent e the last place of bf16 is that of fp32 numbers around 2^(e+16). Adding such an anchor
+    rounds to bf16, ties to even, and taking it away is exact; so is the product that makes the anchor, fused or not.
+    NaN stays NaN. This holds from 2^-126 to 2^111; global scales are 2^-100 to 2^8.
     """
-    total = total.to(tl.int32, bitcast=True)
-    return ((total + (total >> 22)) & 7) | ((bits >> 28) & 8)
+    y = (code.to(tl.float32, bitcast=True) * scale) * g
+    power = (y.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+    return tl.fma(power, -(2.0**16), tl.fma(power, 2.0**16, y)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _value(total, anchor, scale, g):
-    """``bf16((e2m1 · scale) · g)`` of `_e2m1`'s sum, without sign, as an fp32 bit pattern."""
-    return _round_bits((((total - anchor) * scale) * g).to(tl.int32, bitcast=True), 16)
+def _quantize(low, high, inv_g):
+    """Packed codes of pairs ``[B, 8]``, and of their blocks the E4M3 bytes and the largest magnitudes' bits ``[B]``."""
+    low_magnitude, high_magnitude = low & MAGNITUDE, high & MAGNITUDE
+    amax = tl.max(tl.maximum(low_magnitude, high_magnitude), axis=1)
+    scale = _block_scale(amax, inv_g)
+    byte = tl.where(amax > INFINITY, E4M3_NAN, (scale >> 20) - ((127 - 7) << 3))  # the exponents' biases are 127 and 7
+    inv_scale = tl.div_rn(1.0, scale.to(tl.float32, bitcast=True))[:, None]
+    low_code, high_code = _code(low_magnitude, inv_g, inv_scale), _code(high_magnitude, inv_g, inv_scale)
+    # Put together in the highest byte, where the sign of the odd code already is.
+    packed = (high & SIGN) | ((low >> 4) & (1 << 27)) | ((low_code << 24) + (high_code << 28))
+    return (packed >> 24).to(tl.uint8), byte.to(tl.uint8), amax
 
 
 @triton.jit
-def _decode(code, scale, g):
-    """``bf16((e2m1 · scale) · g)`` of the code in the top four bits; scale and g come with the factors 2^118 and 2^8.
+def _fake_quantize(words, g, DTYPE: tl.constexpr):
+    """Words ``[B, 8]`` -> quantized and dequantized words."""
+    low, high = _unpair(words, DTYPE)
+    low, high = low & MAGNITUDE, high & MAGNITUDE
+    inv_g = tl.div_rn(1.0, g)
+    amax = tl.max(tl.maximum(low, high), axis=1)
+    scale = _block_scale(amax, inv_g).to(tl.float32, bitcast=True)
+    inv_scale = tl.div_rn(1.0, scale)[:, None]
+    scale = tl.where(amax > INFINITY, float("nan"), scale * 2.0**118)[:, None]
+    low = _weight(_code(low, inv_g, inv_scale) << 22, scale, g * 256.0)
+    high = _weight(_code(high, inv_g, inv_scale) << 22, scale, g * 256.0)
+    return _with_signs(_pair(low, high, DTYPE), words, DTYPE)
 
-    The three magnitude bits, moved to where fp32 keeps its exponent and first mantissa bit, read as the E2M1 value
-    times 2^-126, also for 0 and for 1/2 (an fp32 subnormal). The factors are exact and make up for it.
-    """
-    value = ((code >> 6) & (7 << 22)) | (code & SIGN)
-    return _round_bits(((value.to(tl.float32, bitcast=True) * scale) * g).to(tl.int32, bitcast=True), 16)
+
+@triton.jit
+def _dequantize(codes, byte, g, DTYPE: tl.constexpr):
+    """Words ``[H, 4]`` of half blocks, from eight codes in an int32 ``[H]``, the E4M3 byte of each, and g."""
+    # As for codes in `_weight`: moved, the byte's magnitude bits read as its value times 2^-120.
+    scale = (((byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120) * 2.0**118
+    scale = tl.where((byte & 0x7F) == E4M3_NAN, float("nan"), scale)[:, None]
+    # The signs of scale and g go to the codes, so that a 0 has one too.
+    codes ^= (((byte << 24) ^ g.to(tl.int32, bitcast=True)) >> 31) & NIBBLE_SIGNS
+    codes = codes[:, None] >> (tl.arange(0, 4)[None, :] * 8)
+    low = _weight((codes << 22) & (7 << 22), scale, tl.abs(g) * 256.0) | ((codes << 28) & SIGN)
+    high = _weight((codes << 18) & (7 << 22), scale, tl.abs(g) * 256.0) | ((codes << 24) & SIGN)
+    return _pair(low, high, DTYPE)
+
+
+@triton.jit
+def _magnitude(x):
+    """The fp32 bit patterns of |x|, not rounded; bf16 comes as int16."""
+    if x.dtype == tl.int16:
+        bits = x.to(tl.int32) << 16
+    else:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits & MAGNITUDE
 
 
 @triton.jit
@@ -169,11 +226,7 @@ def amax_kernel(w_ptr, out_ptr, size, TILE: tl.constexpr, STEPS: tl.constexpr):
     for step in range(STEPS):
         offsets = step * TILE + tl.arange(0, TILE)
         x = tl.load(w_ptr + offsets, mask=offsets < size - start, other=0)
-        if w_ptr.dtype.element_ty == tl.int16:
-            bits = x.to(tl.int32) << 16
-        else:
-            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        largest = tl.maximum(largest, bits & MAGNITUDE)
+        largest = tl.maximum(largest, _magnitude(x))
     tl.atomic_max(out_ptr + item, _to_bf16(tl.max(largest, axis=0)))
 
 
@@ -186,17 +239,9 @@ def quantize_kernel(w_ptr, g_ptr, packed_ptr, scale_ptr, blocks_per_item, DTYPE:
     pairs = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     low, high = _unpair(tl.load(w_ptr + first * 8 + pairs, mask=inside[:, None], other=0), DTYPE)
 
-    inv_g = tl.div_rn(1.0, tl.load(g_ptr + item))
-    amax = tl.max(tl.maximum(low & MAGNITUDE, high & MAGNITUDE), axis=1)
-    scale = _block_scale(amax, inv_g)
-    byte = tl.where(amax > INFINITY, E4M3_NAN, (scale >> 20) - ((127 - 7) << 3))  # the exponents' biases are 127 and 7
-    tl.store(scale_ptr + first + block, byte.to(tl.uint8), mask=inside)
-
-    inv_scale = tl.div_rn(1.0, scale.to(tl.float32, bitcast=True))[:, None]
-    low_sum, _ = _e2m1(low, inv_g, inv_scale)
-    high_sum, _ = _e2m1(high, inv_g, inv_scale)
-    packed = _code(low_sum, low) | (_code(high_sum, high) << 4)
-    tl.store(packed_ptr + first * 8 + pairs, packed.to(tl.uint8), mask=inside[:, None])
+    packed, byte, _ = _quantize(low, high, tl.div_rn(1.0, tl.load(g_ptr + item)))
+    tl.store(scale_ptr + first + block, byte, mask=inside)
+    tl.store(packed_ptr + first * 8 + pairs, packed, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])
@@ -206,21 +251,8 @@ def fake_quantize_kernel(w_ptr, g_ptr, out_ptr, blocks_per_item, DTYPE: tl.const
     block = tl.arange(0, BLOCKS)
     inside = (block < left)[:, None]
     pairs = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    low, high = _unpair(tl.load(w_ptr + first * 8 + pairs, mask=inside, other=0), DTYPE)
-
-    g = tl.load(g_ptr + item)
-    inv_g = tl.div_rn(1.0, g)
-    amax = tl.max(tl.maximum(low & MAGNITUDE, high & MAGNITUDE), axis=1)
-    scale = _block_scale(amax, inv_g).to(tl.float32, bitcast=True)
-    inv_scale = tl.div_rn(1.0, scale)[:, None]
-    # Rounding is for finite values: NaN is put into the result's bits.
-    nan = (tl.where(amax > INFINITY, NAN, 0) | tl.where(g != g, NAN, 0))[:, None]
-
-    low_sum, low_anchor = _e2m1(low, inv_g, inv_scale)
-    high_sum, high_anchor = _e2m1(high, inv_g, inv_scale)
-    low = _value(low_sum, low_anchor, scale[:, None], g) | (low & SIGN) | nan
-    high = _value(high_sum, high_anchor, scale[:, None], g) | (high & SIGN) | nan
-    tl.store(out_ptr + first * 8 + pairs, _pair(low, high, DTYPE), mask=inside)
+    words = tl.load(w_ptr + first * 8 + pairs, mask=inside, other=0)
+    tl.store(out_ptr + first * 8 + pairs, _fake_quantize(words, tl.load(g_ptr + item), DTYPE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])
@@ -231,17 +263,8 @@ def dequantize_kernel(
     item, first, left = _tile(blocks_per_item, BLOCKS)
     half = tl.arange(0, 2 * BLOCKS)  # half a block is eight codes
     inside = half < 2 * left
-    codes = tl.load(packed_ptr + first * 2 + half, mask=inside, other=0)[:, None]
+    codes = tl.load(packed_ptr + first * 2 + half, mask=inside, other=0)
     byte = tl.load(scale_ptr + first + half // 2, mask=inside, other=0).to(tl.int32)
-    g = tl.load(g_ptr + item)
-
-    # As for codes in `_decode`: the moved bits read as scale · 2^-120, subnormals included.
-    scale = (((byte & 0x7F) << 20) | ((byte << 24) & SIGN)).to(tl.float32, bitcast=True)
-    scale = (scale * 2.0**120) * 2.0**118
-    nan = (tl.where((byte & 0x7F) == E4M3_NAN, NAN, 0) | tl.where(g != g, NAN, 0))[:, None]
-
-    pair = tl.arange(0, 4)[None, :]
-    codes = codes >> (pair * 8)
-    low = _decode(codes << 28, scale[:, None], g * 256.0) | nan
-    high = _decode(codes << 24, scale[:, None], g * 256.0) | nan
-    tl.store(out_ptr + first * 8 + half[:, None] * 4 + pair, _pair(low, high, DTYPE), mask=inside[:, None])
+    words = _dequantize(codes, byte, tl.load(g_ptr + item), DTYPE)
+    at = half[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(out_ptr + first * 8 + at, words, mask=inside[:, None])

@@ -37,6 +37,9 @@ DTYPES = {
 }
 """What the kernels read and write: the integer that holds two elements, and Triton's name. The rest go through bf16."""
 
+VALUES = {torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.float32: tl.float32}
+"""What the amax kernels read of the same dtypes."""
+
 
 def amax_bits(
     w: Tensor, batch_dims: int = 0, out: Tensor | None = None, tile: int = TILE, steps: int = STEPS
@@ -63,7 +66,7 @@ def amax_bits(
     w = _readable(w)
     w = w.view(torch.int16) if w.dtype == torch.bfloat16 else w
     size = w.numel() // out.numel()
-    with _on(w):
+    with on_device(w):
         for items, tensors in _parts(out.numel(), w, out):
             grid = (triton.cdiv(size, tile * steps), items)
             kernels.amax_kernel[grid](*tensors, size, TILE=tile, STEPS=steps, **OPTIONS)
@@ -103,7 +106,7 @@ def _launch(kernel: Any, total: int, dtype: torch.dtype, blocks: int, g: Tensor,
     if total == 0:
         return
     size = total // g.numel()
-    with _on(g):
+    with on_device(g):
         for items, part in _parts(g.numel(), *tensors):
             grid = (triton.cdiv(size, blocks), items)
             kernel[grid](*part, size, DTYPE=DTYPES[dtype][1], BLOCKS=blocks, **OPTIONS)
@@ -150,7 +153,7 @@ def _words(t: Tensor) -> Tensor:
     return t.view(DTYPES[t.dtype][0])
 
 
-def _on(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, wherever its tensors are."""
     if t.is_cuda and t.get_device() != torch.cuda.current_device():
         return torch.cuda.device(t.device)

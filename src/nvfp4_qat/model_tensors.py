@@ -33,18 +33,26 @@ class ModelTensor:
     tensor: Tensor
     stored_dtype: torch.dtype
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds a part of it only (a DTensor)."""
+        return _is_dtensor(self.tensor)
+
     def stored(self) -> Tensor:
         """The tensor in the dtype of the checkpoint; no copy if it has it already."""
         return self.tensor.detach().to(self.stored_dtype)
 
 
-def model_tensors(model: nn.Module, plan: QuantPlan, meta: bool = False) -> dict[str, ModelTensor]:
+def model_tensors(
+    model: nn.Module, plan: QuantPlan, meta: bool = False, sharded: bool = False
+) -> dict[str, ModelTensor]:
     """Find every tensor that a checkpoint of a model stores.
 
     Args:
         model: the model the plan was made for, wrapped or not.
         plan: its plan.
         meta: whether parameters without data will do.
+        sharded: whether DTensors will do.
 
     Returns:
         Canonical name → tensor; each tied parameter once, no adapters.
@@ -52,7 +60,7 @@ def model_tensors(model: nn.Module, plan: QuantPlan, meta: bool = False) -> dict
     Raises:
         UserError: parameters are sharded, or the model has other tensors than its plan.
     """
-    _refuse_sharded(model, meta)
+    _refuse_sharded(model, meta, sharded)
     inventory = take_inventory(model)
     present = inventory.tensors
     changes = [f"{name} is new" for name in present if name not in plan.checkpoint_slices]
@@ -99,19 +107,28 @@ def keep_in_fp32(model: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
+def _is_dtensor(tensor: Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # loaded by whoever made a DTensor
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def has_dtensors(model: nn.Module) -> bool:
+    """Whether any parameter is sharded by FSDP2 at the moment."""
+    return any(_is_dtensor(parameter) for parameter in model.parameters())
+
+
 def check_full(name: str, tensor: Tensor, meta: bool = False) -> None:
     """Raise `UserError` unless a tensor is all there, on a real device or, if allowed, on meta."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # loaded by whoever made a DTensor
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+    if _is_dtensor(tensor):
         raise UserError(
-            f"{name} is sharded over several ranks (DTensor), which is not supported yet: gather full tensors and pass "
-            "them through QATQuantizer(config, plan).quantize"
+            f"{name} is sharded over several ranks (DTensor): packed_weights(model) and save_checkpoint(model, path) "
+            "take sharded models; elsewhere pass full tensors"
         )
     if tensor.is_meta and not meta:
         raise UserError(f"{name} is on the meta device and holds no data: load the weights first")
 
 
-def _refuse_sharded(model: nn.Module, meta: bool) -> None:
+def _refuse_sharded(model: nn.Module, meta: bool, sharded: bool) -> None:
     for name, module in model.named_modules():
         if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
             raise UserError(
@@ -119,7 +136,8 @@ def _refuse_sharded(model: nn.Module, meta: bool) -> None:
                 "them through QATQuantizer(config, plan).quantize"
             )
     for name, parameter in model.named_parameters():
-        check_full(canonical_name(name), parameter, meta)
+        if not (sharded and _is_dtensor(parameter)):
+            check_full(canonical_name(name), parameter, meta)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -105,12 +105,17 @@ def check_amax(amax: Tensor, name: str) -> None:
     largest = float(amax.max()) if amax.numel() else 0.0  # max propagates NaN
     if not math.isfinite(largest):
         raise UserError(f"{name} holds NaN or Inf: it cannot be quantized. Check the training step that produced it.")
-    limit = GLOBAL_RANGE * 2**MAX_EXPONENT
+    limit = largest_magnitude()
     if largest > limit:
         raise UserError(
             f"{name} holds a magnitude of {largest:g}; NVFP4 inference kernels reach {limit:g}. "
             "Add it to ignore_patterns."
         )
+
+
+def largest_magnitude() -> float:
+    """What NVFP4 can hold: 2688 · 2^8."""
+    return GLOBAL_RANGE * 2.0**MAX_EXPONENT
 
 
 def quantize(w: Tensor, g: Tensor) -> PackedNVFP4:

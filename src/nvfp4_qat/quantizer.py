@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from . import ops
+from .adapters import check_adapters
 from .classify import classify_tensor, fusion_siblings
 from .config import QATConfig
 from .core import pack_from_masters, qat_plan
@@ -65,12 +66,16 @@ def packed_weights(
     Every 4-bit weight is packed again from its master, one fusion group at a time. A tied parameter comes once.
     Adapters (LoRA) are not part of the stream: it is the base, whose packed bytes do not change while adapters train.
 
+    Of a model that FSDP2 shards each rank packs its rows, and packed bytes are gathered, one FSDP unit (gather mode) or
+    one weight (module mode) at a time. Every rank has to call this and to iterate to the end, also one that receives
+    nothing.
+
     Args:
-        model: a model after `apply_qat`, bare or wrapped (DDP, PEFT, torch.compile). Not sharded.
+        model: a model after `apply_qat`, bare or wrapped (DDP, FSDP2, PEFT, torch.compile).
         layout: "checkpoint", one tensor per expert and projection under checkpoint names, or "fused", the model's own
             names and shapes.
-        ranks: which ranks receive the stream: "all", or one of them, the others getting an empty one. There is no
-            communication: every rank of DDP has all weights.
+        ranks: which ranks receive the stream: "all", or one of them, the others getting an empty one. Unless the model
+            is sharded there is no communication: every rank of DDP has all weights.
 
     Returns:
         Pairs of name and tensor, on the model's device: first what is not quantized, in the dtype a checkpoint stores
@@ -78,9 +83,9 @@ def packed_weights(
         divisor (float32). Tensors may share memory with the model: copy what is to outlive its next step.
 
     Raises:
-        UserError: `apply_qat` was not called; the model is sharded; unknown layout or rank; NaN or Inf, while
-            iterating.
-        StaleWeightsError: while iterating; see `nvfp4_qat.core.pack_from_masters`.
+        UserError: `apply_qat` was not called; unknown layout or rank; NaN or Inf, while iterating.
+        StaleWeightsError: while iterating; see `nvfp4_qat.core.pack_from_masters`. Of a sharded model every rank raises
+            the same errors, before the first tensor.
     """
     _check_layout(layout)
     try:
@@ -90,10 +95,36 @@ def packed_weights(
             "the model has no quantization plan: call nvfp4_qat.apply_qat(model, config) first, or pass its state dict "
             "through QATQuantizer(config, plan).quantize"
         ) from None
-    tensors = model_tensors(model, plan)
-    if not _receives(ranks):
-        return iter(())
-    return _stream(model, plan, tensors, layout)
+    receives = _receives(ranks)
+    if any(hasattr(module, "reshard") for module in model.modules()):
+        from .sharded_stream import reshard  # needs torch.distributed
+
+        reshard(model)
+    tensors = model_tensors(model, plan, sharded=True)
+    if any(entry.sharded for entry in tensors.values()):
+        return _sharded_stream(model, plan, tensors, layout, None if ranks == "all" else int(ranks))
+    return _stream(model, plan, tensors, layout) if receives else iter(())
+
+
+def _sharded_stream(
+    model: nn.Module, plan: QuantPlan, tensors: dict[str, ModelTensor], layout: Layout, rank: int | None
+) -> Iterator[tuple[str, Tensor]]:
+    from . import sharded_stream as sharded
+    from .gather import gather_of
+
+    plain = {name: entry for name, entry in tensors.items() if name not in plan}
+    sharded.check_finite(plain)
+    check_adapters(model)
+    gather = gather_of(model)
+    if gather is not None:
+        packed = sharded.packed_from_gather(gather, rank)
+    else:
+        packed = sharded.packed_from_shards(plan, tensors, rank)
+    for name, tensor in sharded.whole_tensors(plain, rank):
+        for part in output_slices(plan, name, layout):
+            yield part.name, part.of(tensor).contiguous()
+    for planned, value in packed:
+        yield from _parts(value, output_slices(plan, planned.name, layout))
 
 
 def _stream(

@@ -31,7 +31,7 @@ _SETTINGS = ("mode", "group_size", "ignore_patterns", "global_scale")
 
 def expected_tensors(model: nn.Module, plan: QuantPlan) -> Iterator[TensorSpec]:
     """Every tensor of a model's checkpoint, in the order of the model; no data is read, so a model without will do."""
-    for name, entry in model_tensors(model, plan, meta=True).items():
+    for name, entry in model_tensors(model, plan, meta=True, sharded=True).items():
         shape = torch.empty(entry.tensor.shape, device="meta")
         for part in plan.checkpoint_slices[name]:
             if name in plan:

@@ -1,0 +1,147 @@
+"""`GatherUnit`: how the packed weights of one FSDP unit (parameter group) go through FSDP2's all-gather.
+
+FSDP2 copies what the parameters hand it into one buffer, gathers that, and copies the result into a buffer for each
+parameter. For bytes that already lie in one buffer, and that a kernel reads anyway, both copies are a waste. So the
+unit's all-gather is wrapped (`PackedAllGather`): where FSDP2 allocates its output, room for the packed bytes of all
+ranks is added, and where it gathers, they are gathered too, straight from the packed shard. Streams, order, waiting and
+the life of the memory are those of FSDP2's own gather. The first weight of the unit only hands it a token, because
+FSDP2 wants to gather something.
+
+If somebody has given the unit an all-gather of another kind (symmetric memory, for instance), it is left alone: the
+first weight then hands FSDP2 the packed buffer like any other tensor.
+
+After the gather the parameters are collected in order; with the last one, one kernel fills all of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError
+from .multi import Unpacks
+from .shards import Unit
+
+TOKEN = 16
+"""Bytes; a multiple of every element size, so that FSDP2's buffers stay aligned."""
+
+WRAPPED = ("DefaultAllGather", "ProcessGroupAllocAllGather")
+"""FSDP2's all-gathers that allocate plain memory."""
+
+
+class GatherUnit:
+    """The quantized weights of one FSDP parameter group.
+
+    Args:
+        packed: their packed shards.
+        group: FSDP2's parameter group.
+    """
+
+    def __init__(self, packed: Unit, group: Any) -> None:
+        self.packed, self.epoch = packed, -1
+        """``epoch``: the packing that was gathered last."""
+        self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device)
+        self._outs: list[Tensor] = []
+        self._bytes: Tensor | None = None
+        self._unpacks: Unpacks | None = None
+        self._group = group
+        self._comm: PackedAllGather | None = None
+        self._by_fsdp_once = False
+        if packed.world > 1 and type(group._all_gather_comm).__name__ in WRAPPED:
+            self._comm = group._all_gather_comm = PackedAllGather(group._all_gather_comm, packed)
+
+    def already_gathering(self) -> None:
+        """FSDP2 has begun a gather before this object existed: let it gather the bytes itself this time."""
+        self._by_fsdp_once = True
+
+    def contribution(self, index: int) -> tuple[Tensor, ...]:
+        """What a weight hands to FSDP2's all-gather."""
+        if self.packed.world == 1:  # gathers nothing, but FSDP2 wants one tensor for every parameter
+            return (self._token,)
+        if index > 0:
+            return ()
+        return (self._token,) if self._by_comm() else (self.packed.buffer,)
+
+    def collect(self, index: int, gathered: Sequence[Tensor], out: Tensor) -> bool:
+        """Take the parameter to be filled for a weight; True with the last one."""
+        if index == 0:
+            self._outs, self._bytes = [], None
+        if index != len(self._outs):
+            name = self.packed.shards[index].name
+            raise MismatchError(f"{name} came out of order: FSDP2 unshards in another way than expected")
+        self._outs.append(out)
+        if index == 0 and self.packed.world > 1 and not self._by_comm():
+            self._bytes = gathered[0]
+        return len(self._outs) == len(self.packed.shards)
+
+    def fill(self, g: Tensor, epoch: int) -> None:
+        """Dequantize the gathered bytes into the collected parameters.
+
+        Args:
+            g: all global scales.
+            epoch: the packing they belong to.
+
+        Raises:
+            MismatchError: the weights were packed again between the gather and this.
+        """
+        if self.epoch != epoch:
+            raise MismatchError(
+                f"{self.packed.shards[0].name} was gathered before the weights changed and unsharded after it: wait "
+                "for the handle of unshard(async_op=True) before the optimizer step"
+            )
+        if self._unpacks is None:
+            self._unpacks = self.packed.unpacks()
+        source = self.packed.buffer if self.packed.world == 1 else self._bytes
+        if self._comm is not None and self._by_comm():
+            source = self._comm.take()
+        if source is None:
+            raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered")
+        with torch.no_grad():
+            self._unpacks(source, g, self._outs)
+        if self._bytes is not None:
+            self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
+        self._outs, self._bytes, self._by_fsdp_once = [], None, False
+
+    def _by_comm(self) -> bool:
+        ours = self._comm is not None and self._group._all_gather_comm is self._comm
+        return ours and not self._by_fsdp_once
+
+
+class PackedAllGather:
+    """An all-gather of FSDP2 that brings the packed bytes of a unit along.
+
+    Args:
+        inner: what does the gathering.
+        packed: whose buffer is gathered.
+
+    Source of the interface: ``AllGather`` in torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_api.py``.
+    """
+
+    def __init__(self, inner: Any, packed: Unit) -> None:
+        self._inner, self._packed = inner, packed
+        self._room: Tensor | None = None
+        self._work: Any = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2's output, with room for the packed bytes behind it: both live as long as one of them is held."""
+        nbytes = math.prod(int(n) for n in size) * dtype.itemsize
+        start = -(-nbytes // TOKEN) * TOKEN
+        whole: Tensor = self._inner.allocate(
+            (start + self._packed.world * self._packed.nbytes,), dtype=torch.uint8, device=device
+        )
+        self._room = whole[start:]
+        return whole[:nbytes].view(dtype)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self._work = self._inner(self._room, self._packed.buffer, group, async_op)
+        return self._inner(output_tensor, input_tensor, group, async_op)
+
+    def take(self) -> Tensor | None:
+        """The bytes gathered last, to be read on the current stream."""
+        work, gathered = self._work, self._room
+        self._work = self._room = None
+        if work is not None:
+            work.wait()
+        return gathered

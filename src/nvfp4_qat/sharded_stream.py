@@ -1,0 +1,222 @@
+"""`packed_weights` of a model that FSDP2 shards: every rank packs its rows, and only packed bytes are gathered.
+
+In gather mode the bytes gathered are those training reads, after they were compared with the masters packed anew; in
+module mode the shards are packed for the occasion. Everything that is not 4-bit is gathered in the dtype in which a
+checkpoint stores it.
+
+Whatever can go wrong is decided by all ranks together before the first tensor is sent: a rank that raised alone would
+leave the others waiting for it. From then on every rank has to go on to the end of the stream, also one that receives
+nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from .errors import StaleWeightsError, UserError
+from .gather import Gather, plain_tensor
+from .model_tensors import ModelTensor
+from .ops import PackedNVFP4
+from .plan import QuantizedTensor, QuantPlan
+from .shards import Shard, ShardPacker, Unit
+
+T = TypeVar("T")
+
+
+def reshard(model: nn.Module) -> None:
+    """Bring every FSDP2 module to its sharded state: after an evaluation some still show their full parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_finite(tensors: dict[str, ModelTensor]) -> None:
+    """Raise `UserError` on every rank if a tensor holds NaN or Inf on any rank."""
+    names = [name for name, entry in tensors.items() if entry.tensor.is_floating_point()]
+    bad: list[Tensor] = []
+    for name in names:
+        tensor = tensors[name].tensor
+        local = _local(tensor)
+        low, high = torch.aminmax(local) if local.numel() else (local.new_zeros(()), local.new_zeros(()))
+        bad.append(~(torch.isfinite(low) & torch.isfinite(high)))
+    meshes = {e.tensor.device_mesh: None for e in tensors.values() if isinstance(e.tensor, DTensor)}
+    wrong = [n for n, flag in zip(names, _any_rank(bad, meshes), strict=True) if flag]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)} holds NaN or Inf: it cannot be exported. Check the training step that made it."
+        )
+
+
+def whole_tensors(tensors: dict[str, ModelTensor], rank: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Gather tensors one by one, in their stored dtypes; only ``rank`` receives, or every rank if None."""
+    for name, entry in tensors.items():
+        whole = _whole(plain_tensor(entry.tensor.detach()), entry.stored_dtype, rank)
+        if whole is not None:
+            yield name, whole
+
+
+def packed_from_gather(gather: Gather, rank: int | None) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    """The packed weights of a model in gather mode, one FSDP unit at a time.
+
+    Raises:
+        StaleWeightsError: names every weight that changed without notice, on every rank.
+    """
+    gather.agree()
+    stale = gather.unnoticed_changes()
+    if stale:
+        raise StaleWeightsError(
+            f"{len(stale)} weights changed without notice, so training used old 4-bit copies of them: "
+            f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
+            "load_state_dict."
+        )
+    return _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank)
+
+
+def packed_from_shards(
+    plan: QuantPlan, tensors: dict[str, ModelTensor], rank: int | None
+) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    """The packed weights of a sharded model in module mode: packed here, gathered one fusion group at a time."""
+    units = []
+    for members in plan.groups().values():
+        for entry in members:
+            master = tensors[entry.name].tensor
+            device = _device(master) if isinstance(master, DTensor) else master.device
+            units.append(Unit([_shard(entry, master)], device))
+    packer = ShardPacker(units, plan.config.global_scale)
+    packer.pack()
+    return _units(units, packer.g, plan, rank)
+
+
+def on_rank_zero(stream: Iterator[T], use: Callable[[Iterator[T]], None]) -> None:
+    """Let rank 0 use a stream that all ranks take part in; if it fails, every rank raises.
+
+    Args:
+        stream: collective, of tensors for rank 0.
+        use: called on rank 0. If it raises, the stream is exhausted all the same, because the others wait for it.
+    """
+    problem: BaseException | None = None
+    try:
+        try:
+            if dist.get_rank() == 0:
+                use(stream)
+        finally:
+            for _ in stream:
+                pass
+    except (Exception, KeyboardInterrupt) as error:
+        problem = error
+    told = [None if problem is None else f"{type(problem).__name__}: {problem}"]
+    dist.broadcast_object_list(told, src=0)
+    if problem is not None:
+        raise problem
+    if told[0] is not None:
+        raise UserError(f"rank 0 failed: {told[0]}")
+
+
+def _shard(entry: QuantizedTensor, master: Tensor) -> Shard:
+    if not isinstance(master, DTensor):
+        return Shard(entry.name, entry.shape, entry.batch_dims, entry.group, None, 1, 0, master.detach)
+    mesh, placements = master.device_mesh, master.placements
+    *outer, last = placements
+    if not all(isinstance(p, Replicate) for p in outer) or not (_on_rows(last) or isinstance(last, Replicate)):
+        raise UserError(
+            f"{entry.name} is sharded as {placements}: only shards on dim 0 of one mesh dimension can be packed where "
+            "they lie, because blocks of 16 run along the last dimension"
+        )
+    world = mesh.size(mesh.ndim - 1) if _on_rows(last) else 1
+    rank = mesh.get_local_rank(mesh.ndim - 1) if world > 1 else 0
+    return Shard(
+        entry.name, entry.shape, entry.batch_dims, entry.group, mesh, world, rank, lambda: master.to_local().detach()
+    )
+
+
+def _units(
+    units: Sequence[Unit], g: Tensor, plan: QuantPlan, rank: int | None
+) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    for unit in units:
+        shard = unit.shards[0]
+        group = shard.mesh.get_group(shard.mesh.ndim - 1) if shard.mesh is not None and unit.world > 1 else None
+        gathered = _gather_bytes(unit.buffer, group, rank)
+        if gathered is not None:
+            for member, packed in zip(unit.shards, unit.whole(gathered, g), strict=True):
+                yield plan[member.name], packed
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype, rank: int | None) -> Tensor | None:
+    """A tensor in full, on the device it computes on; None if this rank does not receive it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to(dtype) if rank is None or rank == dist.get_rank() else None
+    mesh, device = tensor.device_mesh, _device(tensor)
+    local = _local(tensor).to(device=device, dtype=dtype)
+    *outer, last = tensor.placements
+    if not (all(isinstance(p, Replicate) for p in outer) and _on_rows(last)):
+        again = DTensor.from_local(
+            local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+        full: Tensor = again.full_tensor()
+        return full if rank is None or rank == dist.get_rank() else None
+    world = mesh.size(mesh.ndim - 1)
+    rows = -(-tensor.shape[0] // world)
+    padded = local.new_zeros((rows, *tensor.shape[1:]))
+    padded[: local.shape[0]] = local
+    data = padded.view(-1).view(torch.uint8) if padded.numel() else padded.new_zeros(0, dtype=torch.uint8)
+    gathered = _gather_bytes(data, mesh.get_group(mesh.ndim - 1) if world > 1 else None, rank)
+    if gathered is None:
+        return None
+    return gathered.view(dtype).view(world * rows, *tensor.shape[1:])[: tensor.shape[0]]
+
+
+def _gather_bytes(mine: Tensor, group: Any, rank: int | None) -> Tensor | None:
+    """All ranks' equally long bytes in order; None on a rank that does not receive. ``group`` None: no other ranks."""
+    if group is None:
+        return mine.clone() if rank is None or rank == dist.get_rank() else None
+    world = dist.get_world_size(group)
+    if rank is None:
+        out = mine.new_empty(world * mine.numel())
+        _all_gather(out, mine, group=group)
+        return out
+    if rank not in dist.get_process_group_ranks(group):  # the other replicas of HSDP have nothing to add
+        return None
+    if rank != dist.get_rank():
+        dist.gather(mine, None, dst=rank, group=group)
+        return None
+    out = mine.new_empty(world * mine.numel())
+    dist.gather(mine, list(out.chunk(world)), dst=rank, group=group)
+    return out
+
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+
+
+def _any_rank(flags: Sequence[Tensor], meshes: Iterable[DeviceMesh]) -> list[bool]:
+    """Which flags are set on any rank of the meshes."""
+    meshes = list(meshes)
+    if not flags:
+        return []
+    device = torch.device(meshes[0].device_type) if meshes else flags[0].device
+    together = torch.stack([flag.to(device).int() for flag in flags])
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    return [bool(flag) for flag in together.tolist()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    plain = plain_tensor(tensor.detach())
+    return plain.to_local() if isinstance(plain, DTensor) else plain
+
+
+def _device(tensor: DTensor) -> torch.device:
+    """Where the mesh computes; a CPU-offloaded shard lies elsewhere."""
+    kind = tensor.device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _on_rows(placement: Any) -> bool:
+    return type(placement) is ShardPlacement and placement.dim == 0

@@ -1,0 +1,330 @@
+"""Packing weights that are sharded over ranks along their first dimension: every rank packs what it holds.
+
+Blocks of 16 run along the last dimension, so a shard on dim 0 can be quantized where it lies. Only the largest
+magnitudes need communication: `ShardPacker` takes those of all weights in one pass, reduces them with one all-reduce
+per mesh dimension and packs all shards in one more pass.
+
+Layout. The packed shards of the weights that are gathered together (a `Unit`) lie in one buffer of bytes, equally long
+on every rank: first the codes of all its weights, then their block scales. A rank whose shard is shorter, or empty
+(the last ranks of an uneven division), leaves its part of the padding zero. Global scales are not gathered: after the
+all-reduce every rank knows all of them.
+
+With power-of-two global scales the second pass over the weights is the first: they are packed with the old global
+scales while their magnitudes are taken, and only weights whose scale moved are packed again. A scale moves when amax
+crosses a power of two times 2688, which is rare.
+
+One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import ops, reference
+from .errors import UserError
+from .format import BLOCK
+from .multi import Amaxes, Packs, UnpackPart, Unpacks
+
+ALIGNMENT = 16
+"""Bytes; kernels read codes in words of this size."""
+
+
+@dataclass(eq=False)
+class Shard:
+    """A weight, and the part of it that this rank holds.
+
+    Args:
+        name: canonical name, for messages.
+        shape: of the whole weight.
+        batch_dims: 1 for fused experts, else 0.
+        group: name of the fusion group.
+        mesh: all ranks that hold the weight; None: this process alone.
+        world: ranks the first dimension is divided over. rank: which of them this one is.
+        master: gives the local part, contiguous ``[rows, …]``, as it is now.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    batch_dims: int
+    group: str
+    mesh: DeviceMesh | None
+    world: int
+    rank: int
+    master: Callable[[], Tensor]
+    first: int = field(default=-1, init=False)
+    """Index of its first global scale in the packer's vectors."""
+
+    @property
+    def items(self) -> int:
+        """How many global scales the whole weight has."""
+        return self.shape[0] if self.batch_dims else 1
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of a full shard: what every rank has a place for."""
+        return -(-self.shape[0] // self.world)
+
+    @property
+    def start(self) -> int:
+        """First row that this rank holds."""
+        return min(self.rank * self.padded_rows, self.shape[0])
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank holds."""
+        return min(self.padded_rows, self.shape[0] - self.start)
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 16 in a row."""
+        return torch.Size(self.shape[1:]).numel() // BLOCK
+
+    @property
+    def local_items(self) -> int:
+        return self.rows if self.batch_dims else min(1, self.rows)
+
+    @property
+    def local_first(self) -> int:
+        """Index of the first global scale that the local part uses."""
+        return self.first + (self.start if self.batch_dims else 0)
+
+
+class Unit:
+    """Weights that are gathered together, and the buffer with this rank's packed shards of them.
+
+    Args:
+        shards: at least one; all divided over the same ranks.
+        device: where the packed bytes live.
+    """
+
+    def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
+        self.shards, self.world, self.device = list(shards), shards[0].world, device
+        blocks = [s.padded_rows * s.row_blocks for s in shards]
+        ends = list(accumulate(
+            (_aligned(n) for n in (*(b * BLOCK // 2 for b in blocks), *blocks)), initial=0
+        ))  # fmt: skip
+        self.codes_at, self.scale_at, self.nbytes = ends[: len(blocks)], ends[len(blocks) : -1], ends[-1]
+        self.buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        self._blocks = blocks
+
+    def parts(self) -> list[UnpackPart]:
+        """Where the weights lie in a rank's chunk, for `Unpacks`; after the packer has numbered the global scales."""
+        return [
+            UnpackPart(codes, scale, blocks, s.shape[0] * s.row_blocks, s.items, s.first)
+            for s, codes, scale, blocks in zip(self.shards, self.codes_at, self.scale_at, self._blocks, strict=True)
+        ]
+
+    def unpacks(self) -> Unpacks:
+        return Unpacks(self.parts(), self.world, self.device)
+
+    def packed_views(self, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Codes and block scales of the local rows of each weight, flat, as views of a buffer of this layout."""
+        views = []
+        for s, codes, scale in zip(self.shards, self.codes_at, self.scale_at, strict=True):
+            n = s.rows * s.row_blocks
+            views.append((buffer[codes : codes + n * BLOCK // 2], buffer[scale : scale + n]))
+        return views
+
+    def whole(self, gathered: Tensor, g: Tensor) -> list[ops.PackedNVFP4]:
+        """The packed weights in full.
+
+        Args:
+            gathered: uint8, every rank's buffer in the order of the ranks.
+            g: all global scales.
+
+        Returns:
+            New tensors, in the order of ``shards``.
+        """
+        chunks = gathered.view(self.world, self.nbytes)
+        found = []
+        for s, codes, scale, blocks in zip(self.shards, self.codes_at, self.scale_at, self._blocks, strict=True):
+            total, leading = s.shape[0] * s.row_blocks, s.shape[:-1]
+            packed = chunks[:, codes : codes + blocks * BLOCK // 2].reshape(-1)[: total * BLOCK // 2]
+            scales = chunks[:, scale : scale + blocks].reshape(-1)[:total]
+            multiplier = g[s.first : s.first + s.items].clone()
+            found.append(
+                ops.PackedNVFP4(
+                    packed.view(*leading, -1),
+                    scales.view(*leading, -1).view(torch.float8_e4m3fn),
+                    multiplier if s.batch_dims else multiplier[0],
+                )
+            )
+        return found
+
+
+def _aligned(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+class ShardPacker:
+    """Packs the shards of some units, all on one device.
+
+    Args:
+        units: what to pack; their buffers are filled by `pack`.
+        policy: of the global scale.
+    """
+
+    def __init__(self, units: Sequence[Unit], policy: str) -> None:
+        self.units, self.policy = list(units), policy
+        self.shards = [s for unit in self.units for s in unit.shards]
+        self.device = self.units[0].device
+        groups: dict[tuple[str, int], int] = {}
+        numbers: list[int] = []
+        for shard in self.shards:
+            shard.first = len(numbers)
+            numbers += [groups.setdefault((shard.group, i), len(groups)) for i in range(shard.items)]
+        self.g = torch.ones(len(numbers), dtype=torch.float32, device=self.device)
+        self.packed_before = False
+        self._group_of = torch.tensor(numbers, device=self.device)
+        self._groups = len(groups)
+        # Masters that live elsewhere (CPU offload) are copied to the device unit by unit, through one buffer.
+        remote = any(s.master().device != self.device for s in self.shards)
+        stage = _Stage(self.device) if remote else None
+        parts = [[unit] for unit in self.units] if remote else [self.units]
+        self._chunks = [_Chunk(units, stage) for units in parts]
+
+    def amax(self) -> Tensor:
+        """Largest magnitudes of all weights, over all ranks: int32 bit patterns, one for each global scale."""
+        out = torch.zeros(len(self.g), dtype=torch.int32, device=self.device)
+        for chunk in self._chunks:
+            chunk.amax(out)
+        return self._reduced_amax(out)
+
+    def scales(self, amax: Tensor) -> Tensor:
+        """Global scales from `amax`: of each weight, the one of its fusion group."""
+        group = torch.zeros(self._groups, dtype=torch.int32, device=self.device)
+        group.scatter_reduce_(0, self._group_of, amax, "amax")
+        return reference.global_scale(group.view(torch.float32), self.policy)[self._group_of]
+
+    def pack(self) -> None:
+        """Pack all shards into the units' buffers. Collective; waits for the device once.
+
+        Raises:
+            UserError: a weight holds NaN, Inf or a magnitude beyond NVFP4, on every rank; buffers hold nothing useful.
+        """
+        speculative = self.packed_before and self.policy == "pow2"
+        self.packed_before = False
+        if speculative:
+            amax = torch.zeros(len(self.g), dtype=torch.int32, device=self.device)
+            for chunk in self._chunks:
+                chunk.pack(self.g, amax)
+            amax = self._reduced_amax(amax)
+        else:
+            amax = self.amax()
+        g = self.scales(amax)
+        host = torch.stack((amax, g.view(torch.int32), self.g.view(torch.int32))).cpu()
+        self.check(host[0])
+        moved = (host[1] != host[2]).numpy()
+        self.g.copy_(g)
+        if not speculative or moved.any():
+            for chunk in self._chunks:
+                chunk.pack_again(self.g, _moved(chunk.shards, moved) if speculative else None)
+        self.packed_before = True
+
+    def repacked(self, unit: Unit, g: Tensor) -> Tensor:
+        """This rank's buffer of a unit as it would be packed now with given global scales, in new memory."""
+        buffer = torch.zeros_like(unit.buffer)
+        _Chunk([unit], self._chunks[0].stage, [buffer]).pack(g)
+        return buffer
+
+    def check(self, amax: Tensor) -> None:
+        """Raise `UserError` with the name of the first weight that cannot be quantized; ``amax`` is on the host."""
+        values = amax.view(torch.float32)
+        limit = ops.largest_magnitude()
+        if bool((values <= limit).all()):  # false for NaN
+            return
+        for shard in self.shards:
+            ops.check_amax(values[shard.first : shard.first + shard.items], shard.name)
+
+    def reduced(self, flags: Tensor) -> Tensor:
+        """The maximum over all ranks of every mesh, in place; int32, equally long on every rank."""
+        for mesh in self._meshes():
+            for dim in range(mesh.ndim):
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        return flags
+
+    def _meshes(self) -> list[DeviceMesh]:
+        return list({s.mesh: None for s in self.shards if s.mesh is not None})
+
+    def _reduced_amax(self, amax: Tensor) -> Tensor:
+        meshes = self._meshes()
+        if len(meshes) <= 1:
+            return self.reduced(amax)
+        for mesh in meshes:  # each has other ranks, which hold other weights
+            members = [s for s in self.shards if s.mesh == mesh]
+            mine = torch.cat([amax[s.first : s.first + s.items] for s in members])
+            for dim in range(mesh.ndim):
+                dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            for s, values in zip(members, mine.split([s.items for s in members]), strict=True):
+                amax[s.first : s.first + s.items] = values
+        return amax
+
+
+def _moved(shards: Sequence[Shard], moved: Any) -> list[int]:
+    """The shards that hold something and have a global scale that moved."""
+    return [i for i, s in enumerate(shards) if s.rows and moved[s.local_first : s.local_first + s.local_items].any()]
+
+
+class _Stage:
+    """Device memory that masters from elsewhere are copied to, one unit after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def copies(self, masters: Sequence[Tensor]) -> list[Tensor]:
+        ends = list(accumulate((_aligned(m.nbytes) for m in masters), initial=0))
+        if ends[-1] > self._memory.numel():
+            self._memory = torch.empty(ends[-1], dtype=torch.uint8, device=self._memory.device)
+        found = []
+        for master, at in zip(masters, ends, strict=False):
+            copy = self._memory[at : at + master.nbytes].view(master.dtype).view(master.shape)
+            found.append(copy.copy_(master, non_blocking=True))
+        return found
+
+
+class _Chunk:
+    """Units whose shards are packed by one call, and the kernels' tables for their masters."""
+
+    def __init__(self, units: Sequence[Unit], stage: _Stage | None, buffers: Iterable[Tensor] | None = None) -> None:
+        self.shards = [s for unit in units for s in unit.shards]
+        self.stage = stage
+        targets = buffers if buffers is not None else [unit.buffer for unit in units]
+        self._packed = [view for unit, t in zip(units, targets, strict=True) for view in unit.packed_views(t)]
+        self._amaxes: Amaxes | None = None
+        self._packs: Packs | None = None
+
+    def amax(self, out: Tensor) -> None:
+        masters = self._masters()
+        if self._amaxes is None or not self._amaxes.fits(masters):
+            self._amaxes = Amaxes(masters, *self._items())
+        self._amaxes(out)
+
+    def pack(self, g: Tensor, amax: Tensor | None = None, only: Sequence[int] | None = None) -> None:
+        masters = self._masters()
+        if self._packs is None or not self._packs.fits(masters):
+            packed, scale = [p for p, _ in self._packed], [s for _, s in self._packed]
+            self._packs = Packs(masters, *self._items(), packed, scale)
+        packs = self._packs if only is None else self._packs.only(only)
+        packs(g, amax)
+
+    def pack_again(self, g: Tensor, moved: Sequence[int] | None) -> None:
+        """Pack the weights at the given indices; None: all."""
+        if moved is None or len(moved):
+            self.pack(g, only=moved)
+
+    def _items(self) -> tuple[list[int], list[int]]:
+        return [s.local_items for s in self.shards], [s.local_first for s in self.shards]
+
+    def _masters(self) -> list[Tensor]:
+        masters = [s.master() for s in self.shards]
+        for shard, master in zip(self.shards, masters, strict=True):
+            if master.is_meta:
+                raise UserError(f"{shard.name} is on the meta device and holds no data: load the weights first")
+            assert tuple(master.shape) == (shard.rows, *shard.shape[1:]), (shard.name, master.shape, shard.rows)
+        return self.stage.copies(masters) if self.stage is not None else masters
