@@ -1,4 +1,4 @@
-"""Compile every kernel for Hopper and print its PTX as JSON; needs no GPU.
+"""Compile every kernel for Ampere and Hopper and print the PTX as JSON; needs no GPU.
 
 `test_kernels` runs this in a process of its own, because a process either interprets Triton kernels or compiles them.
 """
@@ -11,22 +11,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_qat import kernels, launch
+from nvfp4_qat import kernels, launch, multi, multi_kernels
 
+TARGETS = (80, 90)
 POINTERS = {"bf16": "*i32", "fp16": "*i32", "fp32": "*i64"}
 FIXED = {"g_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*u8", "blocks_per_item": "i32", "size": "i64"}
+TABLE = {"table_ptr": "*i64", "out_ptr": "*i32", "amax_ptr": "*i32", "gathered_ptr": "*u8", "g_ptr": "*fp32"}
 
 
-def ptx(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object]) -> str:
+def ptx(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], target: int) -> str:
     """PTX of a kernel for pointers and sizes divisible by 16, under the options that `launch` uses."""
     names = [p.name for p in kernel.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n == "size"}
+    pointers = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "size"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.OPTIONS).asm["ptx"])
+    return str(triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.OPTIONS).asm["ptx"])
 
 
-def main() -> None:
+def single(target: int) -> dict[str, str]:
+    """The kernels for one tensor."""
     result = {}
     for dtype, (_, name) in launch.DTYPES.items():
         short = name.name
@@ -34,10 +38,34 @@ def main() -> None:
         values = words | {"w_ptr": "*i16" if short == "bf16" else f"*{short}", "out_ptr": "*i32"}
         tile = {"DTYPE": name, "BLOCKS": launch.BLOCKS}
         steps = {"TILE": launch.TILE, "STEPS": launch.STEPS}
-        result[f"amax {dtype}"] = ptx(kernels.amax_kernel, values, steps)
-        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, tile)
-        result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, words | {"packed_ptr": "*i32"}, tile)
-        result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, tile)
+        result[f"amax {dtype}"] = ptx(kernels.amax_kernel, values, steps, target)
+        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, tile, target)
+        result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, words | {"packed_ptr": "*i32"}, tile, target)
+        result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, tile, target)
+    return result
+
+
+def many(target: int) -> dict[str, str]:
+    """The kernels for many tensors."""
+    result = {}
+    for dtype, (_, name) in launch.DTYPES.items():
+        types = TABLE | {f"out{i}": f"*{name.name}" for i in range(multi.OUTS)}
+        amax, pack, unpack = (
+            {"BLOCKS": t.blocks, "STEPS": t.steps, "PROGRAMS": t.share} for t in (multi.AMAX, multi.PACK, multi.UNPACK)
+        )
+        values, words = {"DTYPE": launch.VALUES[dtype]}, {"DTYPE": name}
+        kernel = multi_kernels.multi_quantize_kernel
+        result[f"amax many {dtype}"] = ptx(multi_kernels.multi_amax_kernel, types, amax | values, target)
+        result[f"quantize many {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": False}, target)
+        result[f"quantize many with amax {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": True}, target)
+        result[f"dequantize many {dtype}"] = ptx(multi_kernels.multi_dequantize_kernel, types, unpack | words, target)
+    return result
+
+
+def main() -> None:
+    result = {}
+    for target in TARGETS:
+        result |= {f"{name} sm_{target}": text for name, text in (single(target) | many(target)).items()}
     print(json.dumps(result))
 
 

@@ -93,7 +93,9 @@ def _write(
 
 def _write_config(directory: Path, model: Any, plan: QuantPlan) -> None:
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    # fully_shard derives a class of its own from the model's.
+    own = (c for c in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
+    config.architectures = [next(own).__name__]
     config.dtype = torch.bfloat16
     config.quantization_config = plan.quantization_config()
     config.save_pretrained(directory)

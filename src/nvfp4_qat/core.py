@@ -19,6 +19,7 @@ from .config import QATConfig
 from .errors import MismatchError, StaleWeightsError, UserError
 from .experts import to_qat_experts
 from .linear import to_qat_linear
+from .model_tensors import is_dtensor
 from .ops import PackedNVFP4
 from .parameter import check_adoptable
 from .plan import QuantizedTensor, QuantPlan, canonical_name
@@ -100,7 +101,13 @@ def _check_module(entry: QuantizedTensor, module: nn.Module) -> None:
             f"{entry.module} has a forward of its own (accelerate's device_map, or a patch), which would bypass QAT: "
             "call apply_qat first, or remove_hook_from_submodules(model) before it"
         )
-    check_adoptable(module._parameters.get(entry.param), entry.name)
+    parameter = module._parameters.get(entry.param)
+    if parameter is not None and is_dtensor(parameter):
+        raise UserError(
+            f"{entry.name} is sharded already (a DTensor): call apply_qat before fully_shard. Tensor and expert "
+            "parallelism are not supported yet: they may split the dimension along which blocks of 16 share a scale."
+        )
+    check_adoptable(parameter, entry.name)
 
 
 def _no_fast_path(*_: object) -> None:
@@ -128,6 +135,7 @@ def refresh(model: nn.Module) -> None:
     """
     qat_plan(model)
     if (gather := _gather_of(model)) is not None:
+        gather.check_modules(model)
         return gather.refresh()
     for group in _groups(model):
         if group.window is not None:

@@ -57,9 +57,7 @@ class _Release(torch.autograd.Function):
             storage = empty.untyped_storage()
             if storage.size() == 0:  # else: recomputed a moment ago
                 storage.resize_(shape.numel() * empty.element_size())
-                w = empty.new_empty(0).set_(storage, 0, shape)
-                with torch.no_grad():
-                    weight.kept(w.dtype, out=w)
+                weight.refill(empty.new_empty(0).set_(storage, 0, shape), generation)
         return grad, None
 
 

@@ -18,7 +18,7 @@ Source of the protocol: torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_f
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -35,8 +35,14 @@ SHARD_TO_SHARD = {
     aten.empty_like.default, aten.new_zeros.default, aten.slice.Tensor, aten.copy_.default, aten.view.default,
     aten.as_strided.default, aten._to_copy.default, aten._pin_memory.default, aten.split.Tensor, aten.clone.default,
     aten.detach.default,
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.expand.default,
 }  # fmt: skip
-"""Operations with which FSDP2 and loaders make a shard from another."""
+"""Operations with which FSDP2 and loaders make a shard from another, or a forward prepares a product with it."""
+
+NEW_MEMORY = {
+    aten.empty_like.default, aten.new_zeros.default, aten._to_copy.default, aten._pin_memory.default, aten.clone.default
+}  # fmt: skip
+"""Those of them whose result is not a view. Filling it is not a write into the master."""
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "linear", "matmul", "_grouped_mm", "_scaled_mm", "convolution",
@@ -50,6 +56,10 @@ class GatheredWeight(Protocol):
     """What a `ShardedMaster` needs to know of the weight it is a shard of."""
 
     name: str
+
+    @property
+    def model(self) -> object:
+        """The same object for all weights that one `note` speaks for."""
 
     def sharded(self) -> bool: ...
 
@@ -66,6 +76,7 @@ class ShardedMaster(torch.Tensor):
     _inner: Tensor
     _weight: GatheredWeight
     _device: torch.device
+    _fresh = False
 
     @staticmethod
     def __new__(
@@ -91,6 +102,11 @@ class ShardedMaster(torch.Tensor):
     @property
     def weight(self) -> GatheredWeight:
         return self._weight
+
+    def adopt(self) -> Tensor:
+        """The data, of a shard that is the master from now on: writes into it count."""
+        self._fresh = False
+        return self._inner
 
     @property
     def origin(self) -> Tensor:
@@ -123,21 +139,16 @@ class ShardedMaster(torch.Tensor):
         kwargs = kwargs or {}
         if func is aten._to_copy.default and (put_off := _offload_copy(args[0], kwargs)) is not None:
             return put_off
-        weights: list[GatheredWeight] = []
-
-        def unwrap(x: ShardedMaster) -> Tensor:
-            weights.append(x._weight)
-            return x.plain
-
-        plain_args, plain_kwargs = tree_map_only(cls, unwrap, (args, kwargs))
-        _check(func, weights[0], args)
-        out = func(*plain_args, **plain_kwargs)
+        weight = next(_shards_in((*args, *kwargs.values())))._weight
+        _check(func, weight, args)
+        out = func(*map(_unwrapped, args), **{k: _unwrapped(v) for k, v in kwargs.items()})
         written = _written(func, args, kwargs)
-        for shard in written:
-            shard._weight.note()
+        if written:
+            _note_all(written)
         if func in SHARD_TO_SHARD and not written:
+            fresh = func in NEW_MEMORY or args[0]._fresh
             with torch.inference_mode(False):  # a shard made while evaluating will be trained
-                return tree_map_only(torch.Tensor, lambda x: cls(x, weights[0]), out)
+                return tree_map_only(torch.Tensor, lambda x: _made(x, weight, fresh), out)
         return written[0] if len(written) == 1 and isinstance(out, torch.Tensor) else out
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -154,6 +165,36 @@ class ShardedMaster(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedMaster({self._weight.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _made(plain: Tensor, weight: GatheredWeight, fresh: bool) -> ShardedMaster:
+    shard = ShardedMaster(plain, weight)
+    shard._fresh = fresh
+    return shard
+
+
+def _unwrapped(value: Any) -> Any:
+    """An argument of an operation with plain tensors; optimizers pass lists of hundreds, so no general tree walk."""
+    if type(value) is ShardedMaster:
+        return value.plain
+    if isinstance(value, (list, tuple)):
+        return [x.plain if type(x) is ShardedMaster else x for x in value]
+    return value
+
+
+def _note_all(written: list[ShardedMaster]) -> None:
+    noted: set[int] = set()
+    for shard in written:  # an optimizer writes hundreds of the same model at once
+        if not shard._fresh and id(shard._weight.model) not in noted:
+            noted.add(id(shard._weight.model))
+            shard._weight.note()
+
+
+def _shards_in(values: Iterable[Any]) -> Iterator[ShardedMaster]:
+    for value in values:
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if type(x) is ShardedMaster:
+                yield x
 
 
 class _PreGather:
@@ -205,12 +246,7 @@ def _written(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> list[Sharde
     """The shards among an operation's arguments that it writes into."""
     positions, names = _write_arguments(func)
     values = [args[i] for i in positions if i < len(args)] + [kwargs[n] for n in names if n in kwargs]
-    found = []
-    for value in values:
-        for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, ShardedMaster):
-                found.append(x)
-    return found
+    return list(_shards_in(values))
 
 
 @cache

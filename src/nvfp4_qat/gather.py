@@ -13,8 +13,9 @@ computes with it. How the bytes of a unit travel is in `gather_unit`.
 When a weight counts as changed: after a `torch.optim` step that owns it, after ``load_state_dict``, after any operation
 that writes into it (`ShardedMaster` sees those), after `refresh`. Then the next gather packs all weights, which is
 collective: every rank must see the same changes, as it does in any FSDP program. A state dict that was handed out may
-have been written into (``dcp.load`` does that); whether it was is looked up in this rank's bytes, so that calling
-``state_dict()`` on one rank alone remains harmless. Writes through memory that PyTorch does not see (``p.data``'s
+have been written into (``dcp.load`` does that), and a shard may be another tensor than before (FSDP2 pads anew, on the
+ranks with padding only); whether that changed anything is looked up in this rank's bytes, so that it remains harmless
+if it happens on one rank alone. Writes through memory that PyTorch does not see (``p.data``'s
 storage, a foreign kernel) need `nvfp4_qat.refresh`; the next sync or export notices them.
 
 Streams. A gather may run on another stream than the one that packed or the one that wrote the weights. Packing waits
@@ -36,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from .errors import MismatchError, UserError
 from .fsdp import ShardedMaster
 from .gather_unit import GatherUnit
+from .naming import canonical_name
 from .plan import QuantizedTensor, QuantPlan
 from .shards import Shard, ShardPacker, Unit
 from .streams import StreamOrder
@@ -60,6 +62,10 @@ class GatherWeight:
             raise UserError(f"the model that {self.name} belongs to is gone")
         return gather
 
+    @property
+    def model(self) -> object:
+        return self._gather()
+
     def sharded(self) -> bool:
         return self.unit is not None
 
@@ -71,6 +77,8 @@ class GatherWeight:
 
     def before_gather(self, shard: ShardedMaster) -> tuple[Tensor, ...]:
         """What FSDP2 gathers for this weight: the unit's packed bytes, or nothing if another weight brings them."""
+        if self.index != 0 and shard._inner is self.packed_from and self.unit is not None:
+            return self.unit.contribution(self.index)  # the unit's first weight has seen to the rest
         self.gather.ensure_fresh(self, shard)
         assert self.unit is not None
         return self.unit.contribution(self.index)
@@ -78,12 +86,15 @@ class GatherWeight:
     def after_gather(self, gathered: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None) -> Any:
         """Give FSDP2 the full parameter, to be filled with the unit's others; FSDP2 frees the second result."""
         assert self.unit is not None
-        with torch.inference_mode(False):  # it is trained, though it may be evaluated first
-            w = torch.empty(self.entry.shape, dtype=dtype, device=self.unit.packed.device) if out is None else out
-            if self.unit.collect(self.index, gathered, w.detach()):
-                gather = self.gather
-                gather.streams.reads()
-                self.unit.fill(gather.packer.g, gather.epoch)
+        if out is None:
+            with torch.inference_mode(False):  # it may be trained, though it is evaluated first
+                w = torch.empty(self.entry.shape, dtype=dtype, device=self.unit.packed.device)
+        else:
+            w = out
+        if self.unit.collect(self.index, gathered, w):
+            gather = self.gather
+            gather.streams.reads()
+            self.unit.fill(gather.packer.g, gather.epoch)
         return (w, (w,)) if out is None else None
 
     def local(self) -> Tensor:
@@ -94,8 +105,8 @@ class GatherWeight:
                 f"the shard of {self.name} was replaced by an unquantized tensor: load weights with load_state_dict or "
                 "torch.distributed.checkpoint, which keep it"
             )
-        self.packed_from = shard.origin
-        return shard.origin
+        self.packed_from = shard.adopt()
+        return self.packed_from
 
 
 class Gather:
@@ -139,9 +150,9 @@ class Gather:
     def ensure_fresh(self, weight: GatherWeight, shard: ShardedMaster) -> None:
         """Pack before a gather if any weight changed. Collective then."""
         first = not self.units
-        if self._stale or shard.origin is not weight.packed_from:
+        if self._stale:
             self.refresh()
-        elif self._maybe_stale:
+        elif self._maybe_stale or shard.origin is not weight.packed_from:
             self._maybe_stale = False
             if self._differs():
                 self.refresh()
@@ -199,6 +210,19 @@ class Gather:
             if not isinstance(weight.fsdp_param.sharded_param._local_tensor, ShardedMaster):
                 weight.local()
 
+    def check_modules(self, model: nn.Module) -> None:
+        """Raise `MismatchError` unless the model still holds the modules whose weights are gathered."""
+        modules = {canonical_name(name): module for name, module in model.named_modules()}
+        self._find_units()
+        replaced = [
+            w.name for w in self.weights.values() if modules.get(w.entry.module) is not w.fsdp_param._module_info.module
+        ]
+        if replaced:
+            raise MismatchError(
+                f"the model no longer quantizes what its plan says: the modules of {', '.join(replaced)} were replaced "
+                "after apply_qat. Change modules before apply_qat, or add them to ignore_patterns."
+            )
+
     def _find_units(self) -> None:
         if self.units:
             return
@@ -207,6 +231,8 @@ class Gather:
             raise UserError("the model that apply_qat was called on is gone")
         units: list[tuple[Any, list[tuple[Any, GatherWeight]], Unit]] = []
         for group in _param_groups(model):
+            # FSDP2 may replace shards at its first use, on ranks with padding only. Let it do so now, on all of them.
+            group.lazy_init()
             found = [(p, w) for p in group.fsdp_params if (w := self._weight_of(p)) is not None]
             if not found:
                 continue
@@ -223,7 +249,7 @@ class Gather:
                 "leave gather out of apply_qat"
             )
         self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
-        self.streams.device = self._packer.device
+        self.streams.on(self._packer.device)
         for group, found, packed in units:
             unit = GatherUnit(packed, group)
             for index, (_, weight) in enumerate(found):

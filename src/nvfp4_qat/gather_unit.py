@@ -3,12 +3,13 @@
 FSDP2 copies what the parameters hand it into one buffer, gathers that, and copies the result into a buffer for each
 parameter. For bytes that already lie in one buffer, and that a kernel reads anyway, both copies are a waste. So the
 unit's all-gather is wrapped (`PackedAllGather`): where FSDP2 allocates its output, room for the packed bytes of all
-ranks is added, and where it gathers, they are gathered too, straight from the packed shard. Streams, order, waiting and
-the life of the memory are those of FSDP2's own gather. The first weight of the unit only hands it a token, because
-FSDP2 wants to gather something.
+ranks is added, and where it gathers, they are gathered straight from the packed shard. Streams, order, waiting and the
+life of the memory are those of FSDP2's own gather. The first weight of the unit only hands it a token, because FSDP2
+wants to gather something.
 
-If somebody has given the unit an all-gather of another kind (symmetric memory, for instance), it is left alone: the
-first weight then hands FSDP2 the packed buffer like any other tensor.
+Small units are not worth the second collective, and an all-gather of another kind that somebody has given the unit
+(symmetric memory, for instance) is left alone: the first weight then hands FSDP2 the packed buffer like any other
+tensor.
 
 After the gather the parameters are collected in order; with the last one, one kernel fills all of them.
 """
@@ -26,6 +27,9 @@ from .shards import Unit
 
 TOKEN = 16
 """Bytes; a multiple of every element size, so that FSDP2's buffers stay aligned."""
+
+WORTH = 1 << 24
+"""Gathered bytes from which sparing the copies is worth one more collective."""
 
 WRAPPED = ("DefaultAllGather", "ProcessGroupAllocAllGather")
 """FSDP2's all-gathers that allocate plain memory."""
@@ -48,13 +52,15 @@ class GatherUnit:
         self._unpacks: Unpacks | None = None
         self._group = group
         self._comm: PackedAllGather | None = None
-        self._by_fsdp_once = False
-        if packed.world > 1 and type(group._all_gather_comm).__name__ in WRAPPED:
+        worth = packed.world > 1 and packed.world * packed.nbytes >= WORTH
+        if worth and type(group._all_gather_comm).__name__ in WRAPPED:
             self._comm = group._all_gather_comm = PackedAllGather(group._all_gather_comm, packed)
 
     def already_gathering(self) -> None:
-        """FSDP2 has begun a gather before this object existed: let it gather the bytes itself this time."""
-        self._by_fsdp_once = True
+        """FSDP2 began its first gather before this object existed: let it gather the bytes itself, now and later."""
+        if self._comm is not None:
+            self._group._all_gather_comm = self._comm.inner
+            self._comm = None
 
     def contribution(self, index: int) -> tuple[Tensor, ...]:
         """What a weight hands to FSDP2's all-gather."""
@@ -102,15 +108,14 @@ class GatherUnit:
             self._unpacks(source, g, self._outs)
         if self._bytes is not None:
             self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
-        self._outs, self._bytes, self._by_fsdp_once = [], None, False
+        self._outs, self._bytes = [], None
 
     def _by_comm(self) -> bool:
-        ours = self._comm is not None and self._group._all_gather_comm is self._comm
-        return ours and not self._by_fsdp_once
+        return self._comm is not None and self._group._all_gather_comm is self._comm
 
 
 class PackedAllGather:
-    """An all-gather of FSDP2 that brings the packed bytes of a unit along.
+    """An all-gather of FSDP2 that brings the packed bytes of a unit along, in a collective of their own.
 
     Args:
         inner: what does the gathering.
@@ -120,28 +125,26 @@ class PackedAllGather:
     """
 
     def __init__(self, inner: Any, packed: Unit) -> None:
-        self._inner, self._packed = inner, packed
-        self._room: Tensor | None = None
+        self.inner, self._packed = inner, packed
+        self._gathered: Tensor | None = None
         self._work: Any = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """FSDP2's output, with room for the packed bytes behind it: both live as long as one of them is held."""
+        """FSDP2's output, behind room for the packed bytes of all ranks: both live as long as one of them is held."""
+        start = self._packed.world * self._packed.nbytes
         nbytes = math.prod(int(n) for n in size) * dtype.itemsize
-        start = -(-nbytes // TOKEN) * TOKEN
-        whole: Tensor = self._inner.allocate(
-            (start + self._packed.world * self._packed.nbytes,), dtype=torch.uint8, device=device
-        )
-        self._room = whole[start:]
-        return whole[:nbytes].view(dtype)
+        whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
+        self._gathered = whole[:start]
+        return whole[start:].view(dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        self._work = self._inner(self._room, self._packed.buffer, group, async_op)
-        return self._inner(output_tensor, input_tensor, group, async_op)
+        self._work = self.inner(self._gathered, self._packed.buffer, group, async_op)
+        return self.inner(output_tensor, input_tensor, group, async_op)
 
     def take(self) -> Tensor | None:
         """The bytes gathered last, to be read on the current stream."""
-        work, gathered = self._work, self._room
-        self._work = self._room = None
+        work, gathered = self._work, self._gathered
+        self._work = self._gathered = None
         if work is not None:
             work.wait()
         return gathered

@@ -17,8 +17,9 @@ a number so large that the last place of fp32 becomes that of the result. Nothin
 the interpreter's casts to bf16 and fp8 do not round to nearest even (Triton 3.6 and 3.9), and GPUs before Ada have none
 to fp8. The only floating-point operations are IEEE products, two IEEE divisions a block, and those additions.
 
-**Instructions.** On an H200 memory brings some 6 weights a clock to each multiprocessor, which executes 128 instructions
-in that time, half of them integer ones, comparisons or minima: a weight may cost 20 and 10. Hence rounding by addition.
+**Instructions.** While packing, an H200's memory brings each multiprocessor some 6 weights a clock, in which it executes
+at most 128 instructions, half of them integer operations and minima: a weight may cost 20 and 10. Hence rounding by
+addition, and few operations in all.
 
 Deliberately absent: inline assembly, autotuning, and checks on values. A block with a NaN gets the scale NaN.
 """

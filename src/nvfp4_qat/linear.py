@@ -3,7 +3,8 @@
 The module keeps its class family, parameters, hooks and state dict keys; only ``forward`` differs. It computes
 ``F.linear(x, ŵ, bias)`` with ``ŵ`` dequantized from the packed copy, and its gradient for the weight is that of ``ŵ``,
 unchanged (straight-through estimator). For backward it saves the input and a reference to the master weight, no bf16
-copy: ``ŵ`` is dequantized again when the input's gradient needs it.
+copy: ``ŵ`` is dequantized again when the input's gradient needs it. (If FSDP shards the weight there is no packed copy:
+``ŵ`` comes from what FSDP gathered, in forward and again in backward, see `window`.)
 
 Compiled code reaches the packed copy through two custom operators whose result depends on the master weight alone, so
 that caching is invisible to the compiler: freshness is checked when the compiled code runs, not when it is traced. The
@@ -37,7 +38,7 @@ def _(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("nvfp4_qat::read_again", mutates_args=(), tags=_cudagraph_unsafe())
 def _read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
-    return PackedWeight.lookup(handle).read_again(dtype, int(generation))
+    return PackedWeight.lookup(handle).read_again(master, dtype, int(generation))
 
 
 @_read_again.register_fake
@@ -58,7 +59,7 @@ def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.
     if torch.compiler.is_compiling():
         result: Tensor = _read_again(master, handle, generation, dtype, after)
         return result
-    return PackedWeight.lookup(handle).read_again(dtype, int(generation))
+    return PackedWeight.lookup(handle).read_again(master, dtype, int(generation))
 
 
 class _StraightThrough(torch.autograd.Function):

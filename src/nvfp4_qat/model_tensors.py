@@ -36,7 +36,7 @@ class ModelTensor:
     @property
     def sharded(self) -> bool:
         """Whether this rank holds a part of it only (a DTensor)."""
-        return _is_dtensor(self.tensor)
+        return is_dtensor(self.tensor)
 
     def stored(self) -> Tensor:
         """The tensor in the dtype of the checkpoint; no copy if it has it already."""
@@ -107,19 +107,20 @@ def keep_in_fp32(model: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of a tensor only."""
     distributed = sys.modules.get("torch.distributed.tensor")  # loaded by whoever made a DTensor
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def has_dtensors(model: nn.Module) -> bool:
     """Whether any parameter is sharded by FSDP2 at the moment."""
-    return any(_is_dtensor(parameter) for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def check_full(name: str, tensor: Tensor, meta: bool = False) -> None:
     """Raise `UserError` unless a tensor is all there, on a real device or, if allowed, on meta."""
-    if _is_dtensor(tensor):
+    if is_dtensor(tensor):
         raise UserError(
             f"{name} is sharded over several ranks (DTensor): packed_weights(model) and save_checkpoint(model, path) "
             "take sharded models; elsewhere pass full tensors"
@@ -136,7 +137,7 @@ def _refuse_sharded(model: nn.Module, meta: bool, sharded: bool) -> None:
                 "them through QATQuantizer(config, plan).quantize"
             )
     for name, parameter in model.named_parameters():
-        if not (sharded and _is_dtensor(parameter)):
+        if not (sharded and is_dtensor(parameter)):
             check_full(canonical_name(name), parameter, meta)
 
 

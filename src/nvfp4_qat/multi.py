@@ -357,7 +357,7 @@ class Unpacks:
                 )
 
     def _runs(self, i: int, chunk: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Part i in stretches of one rank and one item: offsets of codes and scales, first block, blocks, index in g."""
+        """Part i in stretches of one rank and one item: offsets of codes and scales, first block, count, index in g."""
         part = self._parts[i]
         size = part.total // part.items
         for rank in range(self._world):

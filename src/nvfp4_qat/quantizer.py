@@ -117,6 +117,7 @@ def _sharded_stream(
     check_adapters(model)
     gather = gather_of(model)
     if gather is not None:
+        gather.check_modules(model)
         packed = sharded.packed_from_gather(gather, rank)
     else:
         packed = sharded.packed_from_shards(plan, tensors, rank)

@@ -29,6 +29,24 @@ a foreign kernel                   nothing                **not seen**: `refresh
 What is not seen does not go unnoticed for good: the next export or sync packs again, sees other bytes at an unchanged
 signature and raises.
 
+Weights that FSDP shards have no packed copy, but a global scale that must be fresh (`window`). Of them is seen:
+
+=================================  =====================  ==============================================================
+write                              what moves             therefore
+=================================  =====================  ==============================================================
+any `torch.optim` step             nothing reliable       a hook after every step renews the scale of what is not frozen
+``load_state_dict``, also sharded  nothing reliable       noted, by the module's own loading
+``state_dict()``'s aliases         nothing                noted as a possible write
+in-place operations on what the    its ``_version``       compared at each read
+optimizer owns: the parameter, the
+flat parameter, the DTensor
+``summon_full_params`` (writes)    with                   noted as a possible write; with ``use_orig_params=True`` an
+                                   ``use_orig_params``    in-place operation is seen, ``p.data`` not
+                                   its ``_version``
+``p.data``, ``to_local()``, an     nothing                **not seen**: `refresh`
+alias written later, collectives
+=================================  =====================  ==============================================================
+
 Packed tensors are plain attributes and not buffers: DDP would broadcast buffers, ``.bfloat16()`` would cast them and
 ``state_dict`` would hold them.
 """
@@ -45,8 +63,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import ops
+from . import ops, window
 from .adapters import guard
+from .batch import Family
 from .errors import MismatchError, UserError
 from .format import BLOCK
 from .parameter import QATParameter, adopt, after_optimizer_step, check_adoptable
@@ -56,11 +75,21 @@ _packing = threading.RLock()
 
 
 class FusionGroup:
-    """Weights that share a global scale, because the inference engine fuses them into one GEMM operand."""
+    """Weights that share a global scale, because the inference engine fuses them into one GEMM operand.
 
-    def __init__(self, name: str, policy: str) -> None:
+    Args:
+        name: canonical name, for messages.
+        policy: of the global scale.
+        family: the groups it is packed together with; None: it alone.
+    """
+
+    def __init__(self, name: str, policy: str, family: Family | None = None) -> None:
         self.name, self.policy = name, policy
+        self.family = family if family is not None else Family()
+        self.window: window.WindowScale | None = None
+        """There is one as soon as FSDP shards a member; then there are no packed copies."""
         self._members: list[weakref.ref[PackedWeight]] = []
+        self.family.add(self)
 
     def members(self) -> list["PackedWeight"]:
         """The members whose module is still alive, in the order of the plan."""
@@ -69,20 +98,28 @@ class FusionGroup:
     def add(self, member: "PackedWeight") -> None:
         if all(ref() is not member for ref in self._members):
             self._members.append(weakref.ref(member))
+        self.family.add(self)
 
     def stale(self) -> bool:
+        if self.window is not None:
+            return self.window.stale(self)
         return any(m.signature() != m.seen for m in self.members())
 
     def ensure_fresh(self) -> None:
-        """Pack again if any member changed since it was last packed."""
+        """Pack again if any member changed since it was last packed, and with it what else changed in the model."""
         if self.stale():
             with _packing:
-                if self.stale():
+                if self.stale() and not self.family.pack(self):
                     self.commit(self.pack(), self.surely_stale())
 
     def surely_stale(self) -> bool:
         """Whether a member was written, not only handed out."""
         return any(m.seen is None or m.signature()[1:] != m.seen[1:] for m in self.members())
+
+    def note(self, certain: bool) -> None:
+        """Record that every member was written, or that it may have been."""
+        for member in self.members():
+            member.note(certain)
 
     def pack(self) -> list["Packing"]:
         """Pack every member from its master weight into new tensors; nothing kept here changes."""
@@ -90,20 +127,30 @@ class FusionGroup:
         if not members:
             raise UserError(f"the modules of the fusion group {self.name} are gone: pass a model that is still alive")
         with torch.inference_mode(False), torch.no_grad():
-            signatures = [m.signature() for m in members]  # before reading: a write from now on makes it stale again
-            amaxes = [ops.amax(m.master(), m.batch_dims) for m in members]
+            # Signatures before reading: a write from now on makes it stale again.
+            signatures = [m.signature() if self.window is None else () for m in members]
+            masters = [m.full().detach() for m in members]
+            amaxes = [ops.amax(w, m.batch_dims) for w, m in zip(masters, members, strict=True)]
             for member, amax in zip(members, amaxes, strict=True):
                 ops.check_amax(amax, member.name)
             g = ops.global_scale(torch.stack(amaxes).amax(0), self.policy, self.name)
             packed = []
-            for member, signature in zip(members, signatures, strict=True):
-                w = member.master().detach()
+            for member, w, signature in zip(members, masters, signatures, strict=True):
                 codes = torch.empty((*w.shape[:-1], w.shape[-1] // 2), dtype=torch.uint8, device=w.device)
                 scale = torch.empty((*w.shape[:-1], w.shape[-1] // BLOCK), dtype=torch.uint8, device=w.device)
                 ops.quantize_into(w, g, codes, scale)
                 value = ops.PackedNVFP4(codes, scale.view(torch.float8_e4m3fn), g)
                 packed.append(Packing(member, value, signature))
             return packed
+
+    def copies(self) -> list["Packing"] | None:
+        """The packed copies that training reads, brought up to date and cloned; None unless there are some."""
+        members = self.members()
+        if self.window is not None or not all(m.has_room_for(m.master()) for m in members):
+            return None
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            self.ensure_fresh()
+            return [Packing(m, m.clone(), m.seen or ()) for m in members]
 
     def commit(self, packed: list["Packing"], certain: bool) -> None:
         """Make a result of `pack` what training reads; ``certain=False``: the weights may well be unchanged."""
@@ -114,7 +161,8 @@ class FusionGroup:
                 member.seen = signature
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "policy": self.policy, "_members": []}  # members add themselves when they are bound
+        # Members add themselves when they are bound.
+        return {"name": self.name, "policy": self.policy, "family": self.family, "window": None, "_members": []}
 
 
 class Packing(NamedTuple):
@@ -141,9 +189,11 @@ class PackedWeight:
 
     def __init__(self, name: str, group: FusionGroup, batch_dims: int) -> None:
         self.name, self.group, self.batch_dims = name, group, batch_dims
+        self.shape = torch.Size()
         self.value: ops.PackedNVFP4 | None = None
         self.seen: tuple[Any, ...] | None = None
         self.generation = 0
+        self.shard: window.Shard | None = None
         self._owner: weakref.ref[nn.Module] | None = None
         self._parameter = ""
 
@@ -155,6 +205,7 @@ class PackedWeight:
             Python integer would be a constant of the compiled graph and every layer would compile anew.
         """
         self._owner, self._parameter = weakref.ref(module), parameter
+        self.shape = self.master().shape
         self.group.add(self)
         number = next(self._handles)
         self._by_handle[number] = self
@@ -171,10 +222,58 @@ class PackedWeight:
     def alive(self) -> bool:
         return self._owner is not None and self._owner() is not None
 
+    def shown(self) -> Tensor | None:
+        """What the module shows as its weight now: the parameter, or what FSDP put in its place."""
+        module = self._owner() if self._owner else None
+        if module is None:
+            return None
+        found: Tensor | None = module.__dict__.get(self._parameter)
+        return found if found is not None else module._parameters.get(self._parameter)
+
+    def assigned(self, module: nn.Module, value: Tensor | None) -> None:
+        """The module gets another tensor as its weight.
+
+        Raises:
+            UserError: it is neither a plain parameter nor what FSDP puts there.
+        """
+        if window.put_there_by_fsdp(value) and self.group.window is None:
+            self.group.window = window.WindowScale()
+        if self.group.window is None:
+            if isinstance(value, nn.Parameter):
+                check_adoptable(value, self.name)
+            return
+        if self.shard is None:
+            self.shard = window.Shard()
+            self.value = self.seen = None
+        self.shard.assigned(module, value)
+
+    def note(self, certain: bool) -> None:
+        """Record that the weight was written, or that it may have been."""
+        if self.shard is not None:
+            self.shard.note(certain)
+        else:
+            self.master().note(certain)
+
     def master(self) -> QATParameter:
         """The parameter as it is now; a parameter that replaced it is adopted."""
         module = self._owner() if self._owner else None
         return adopt(module._parameters.get(self._parameter) if module is not None else None, self.name)
+
+    def full(self) -> Tensor:
+        """The whole master weight.
+
+        Raises:
+            UserError: FSDP shards it, and shows a part only.
+        """
+        if self.group.window is None:
+            return self.master()
+        shown = self.shown()
+        if shown is None or not window.unsharded(shown, self.shape):
+            raise UserError(
+                f"{self.name} is sharded: nvfp4_qat.packed_weights(model) takes models that FSDP2 shards; with FSDP1 "
+                "gather a full state dict and pass it through QATQuantizer(config, plan).quantize"
+            )
+        return shown
 
     def signature(self) -> tuple[Any, ...]:
         """Equal as long as nothing is known to have changed. First what only *may* mean a write."""
@@ -185,26 +284,50 @@ class PackedWeight:
             maybe = next(self._never_twice)
         return maybe, written, -1 if inference else p._version, id(p), p.data_ptr(), p.device
 
+    def window_signature(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """`signature` in two parts, for a group of which FSDP shards a member: what may mean a write, and what does."""
+        if self.shard is None:
+            maybe, *certain = self.signature()
+            return (maybe,), tuple(certain)
+        shown = self.shown()
+        return self.shard.signature(shown is None or shown.requires_grad)
+
     def holds(self, new: ops.PackedNVFP4) -> bool:
         """Whether the kept copy equals ``new``, byte for byte."""
-        return self.fits(new) and all(
+        return self.has_room_for(new) and all(
             torch.equal(_comparable(old), _comparable(fresh))
             for old, fresh in zip(self._tensors(), new.tensors(), strict=True)
         )
 
-    def fits(self, new: ops.PackedNVFP4) -> bool:
-        """Whether a copy is kept and its storages can take ``new``."""
-        old = self.value
-        return old is not None and old.packed.device == new.packed.device and old.packed.shape == new.packed.shape
+    def agrees(self, new: ops.PackedNVFP4) -> bool:
+        """Whether training uses what ``new`` holds, or has used nothing yet."""
+        if self.group.window is None:
+            return self.holds(new)
+        g = self.group.window.g
+        return g is None or torch.equal(g.to(new.global_scale.device), new.global_scale)
+
+    def has_room_for(self, new: Tensor | ops.PackedNVFP4) -> bool:
+        """Whether a copy is kept and its storages can take that of ``new``."""
+        old, device = self.value, new.packed.device if isinstance(new, ops.PackedNVFP4) else new.device
+        return old is not None and old.packed.device == device and old.shape == new.shape
 
     def store(self, new: ops.PackedNVFP4) -> None:
         """Keep ``new``, in the storages kept so far where they fit: captured CUDA graphs read those."""
         self.generation += 1
-        if not self.fits(new):
+        if not self.has_room_for(new):
             self.value = ops.PackedNVFP4(new.packed, new.scale, new.global_scale.clone())  # members share the latter
             return
         for kept, fresh in zip(self._tensors(), new.tensors(), strict=True):
             kept.copy_(fresh)
+
+    def overwrite(self) -> None:
+        """The kept copy is about to be overwritten: from now on it is stale, and what was computed with it past."""
+        if self.seen is not None or self.value is None:
+            self.generation += 1
+        self.seen = None
+
+    def clone(self) -> ops.PackedNVFP4:
+        return ops.PackedNVFP4(*(t.clone() for t in self._tensors()))
 
     def read(self, master: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, packing first if the master changed.
@@ -216,7 +339,16 @@ class PackedWeight:
         Raises:
             MismatchError: ``master`` is another tensor than the module's parameter.
         """
-        if master.data_ptr() != self.master().data_ptr():
+        group, shown = self.group, self.shown()
+        if group.window is None and window.put_there_by_fsdp(shown):  # without __setattr__
+            module = self._owner() if self._owner else None
+            assert module is not None
+            self.assigned(module, shown)
+        if group.window is None:
+            shown = self.master()
+        else:
+            window.check_unsharded(shown, self)
+        if shown is None or master.data_ptr() != shown.data_ptr():
             raise MismatchError(
                 f"{self.name} is computed with another tensor than its module's parameter (a replica, or a copy made "
                 "by functional_call or a compiler): such a copy has no 4-bit form"
@@ -226,21 +358,44 @@ class PackedWeight:
                 f"{self.name} is read while a CUDA graph is captured: its replays would never look for new weights. "
                 'Let torch.compile(mode="reduce-overhead") capture graphs; it leaves this read outside of them.'
             )
-        self.group.ensure_fresh()
-        return self.kept(dtype)
+        if group.window is None:
+            group.ensure_fresh()
+            return self.kept(dtype)
+        if group.window.stale(group):
+            with _packing:
+                if group.window.stale(group):
+                    group.window.renew(self)
+        return window.fake_quantized(master, self, dtype)
 
     def read_generation(self, master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`read`, and which generation of the packed copy it was, int64 ``[]`` on the CPU, for `read_again`."""
         return self.read(master, dtype), torch.tensor(self.generation, device="cpu")
 
-    def read_again(self, dtype: torch.dtype, generation: int) -> Tensor:
+    def read_again(self, master: Tensor, dtype: torch.dtype, generation: int) -> Tensor:
         """The dequantized weight that a forward saw, for its backward.
 
+        Args:
+            master: what the forward took for the master weight; sharded ones are quantized again.
+            dtype: of the result.
+            generation: what `read_generation` gave the forward.
+
         Raises:
-            MismatchError: the packed copy has changed since.
+            MismatchError: the weight has changed since.
         """
         self.check_generation(generation)
-        return self.kept(dtype)
+        return self.kept(dtype) if self.group.window is None else window.fake_quantized(master, self, dtype)
+
+    def refill(self, out: Tensor, generation: int) -> None:
+        """`read_again` into a given tensor, from what the module shows now."""
+        self.check_generation(generation)
+        with torch.no_grad():
+            if self.group.window is None:
+                self.kept(out.dtype, out)
+            else:
+                shown = self.shown()
+                window.check_unsharded(shown, self)
+                assert shown is not None
+                window.fake_quantized(shown, self, out.dtype, out)
 
     def check_generation(self, generation: int) -> None:
         if self.generation != generation:
@@ -263,7 +418,7 @@ class PackedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs for itself: its module is bound anew in QATModule.__setstate__.
-        return {**self.__dict__, "value": None, "seen": None, "_owner": None}
+        return {**self.__dict__, "value": None, "seen": None, "shard": None, "_owner": None}
 
 
 def _comparable(t: Tensor) -> Tensor:
@@ -289,8 +444,12 @@ class QATModule(nn.Module):
         self._bind_qat({n: PackedWeight(w.name, w.group, w.batch_dims) for n, w in self._qat_weights.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_qat_weights", ()) and isinstance(value, nn.Parameter):
-            check_adoptable(value, self._qat_weights[name].name)  # FSDP2 shards by setting the attribute
+        weight = self.__dict__.get("_qat_weights", {}).get(name)
+        if weight is not None and (value is None or isinstance(value, Tensor)):
+            weight.assigned(self, value)
+            if isinstance(value, nn.Parameter) and name in self._parameters and name not in self.__dict__:
+                self._parameters[name] = value  # FSDP2 does this twice in every window
+                return
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -303,7 +462,7 @@ class QATModule(nn.Module):
 
     def _note(self, certain: bool) -> None:
         for weight in self._qat_weights.values():
-            weight.master().note(certain)
+            weight.note(certain)
 
 
 def packed_weights_of(model: nn.Module) -> Iterator[PackedWeight]:

@@ -1,0 +1,261 @@
+"""Gather mode with what else FSDP2 programs do: checkpointing, compilation, prefetching, unsharding by hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from helpers_distributed import Env, case
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import nvfp4_qat as nq
+from distributed.common import FULL, MIXED, Pair, Units, batch, full, layers, linears, local, loss_of, same, shard
+from distributed.models import Decoder, decoder, uneven
+
+
+class Checkpointed(Decoder):
+    """Recomputes each layer in backward; checkpointing is outside of FSDP's units."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            x = x.detach().requires_grad_()  # the reentrant kind looks at its inputs
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return self.lm_head(self.norm(x))
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+def seeded(kind: type[Decoder]) -> Decoder:
+    torch.manual_seed(0)
+    return kind()
+
+
+def wrapped_layers(model: Decoder, units: Units, **options: Any) -> nn.Module:
+    """Checkpointing inside of FSDP's units, by wrapper modules."""
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    return shard(model, units, **options)
+
+
+def wrapped_parts(model: Decoder, units: Units, **options: Any) -> nn.Module:
+    """Selective: the MLPs only, without units of their own."""
+    for layer in model.layers:
+        layer.mlp = checkpoint_wrapper(layer.mlp)  # type: ignore[assignment]
+    return shard(model, units, **options)
+
+
+@case(
+    2,
+    setup={
+        "outside": {"make": functools.partial(seeded, Checkpointed), "policy": MIXED},
+        "outside-reentrant": {"make": functools.partial(seeded, Reentrant), "policy": MIXED},
+        "outside-every-linear": {"make": functools.partial(seeded, Checkpointed), "units": linears},
+        "wrapped-layers": {"wrap": wrapped_layers, "policy": MIXED},
+        "wrapped-parts": {"wrap": wrapped_parts, "policy": MIXED},
+    },
+)
+def activation_checkpointing(env: Env, **setup: Any) -> None:
+    pair = Pair(env, **setup)
+    for _ in range(2):
+        pair.step(micros=2)
+
+
+def compiled(backend: str, model: Decoder, units: Units, **options: Any) -> nn.Module:
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    return shard(model, units, **options)
+
+
+@case(2, policy={"fp32": {"policy": FULL}, "mixed": {"policy": MIXED}})
+def compiled_blocks(env: Env, policy: MixedPrecisionPolicy) -> None:
+    """Blocks compiled as one graph each; this backend keeps every operation, so results stay equal to the bit."""
+
+    def graphs() -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    torch._dynamo.reset()
+    pair = Pair(env, wrap=functools.partial(compiled, "aot_eager"), policy=policy)
+    before = graphs()
+    for _ in range(3):
+        pair.step()
+    pair.compare_forward()
+    ours = graphs() - before
+    torch._dynamo.reset()
+    plain = compiled("aot_eager", pair.plain, layers, mesh=env.mesh(), mp_policy=policy)  # type: ignore[arg-type]
+    before = graphs()
+    for step in range(3):
+        loss_of(plain(batch(env.rank, step, env.device))).backward()
+    with torch.no_grad():
+        plain(batch(env.rank, 0, env.device))
+    assert ours == graphs() - before, f"{ours} graphs were compiled, {graphs() - before} without the package"
+
+
+@case(2)
+def compiled_blocks_of_inductor(env: Env) -> None:
+    """Inductor reorders sums, so outputs are close and not equal: fp32, relative 1e-4 after sums of 64 and 96 terms."""
+    torch._dynamo.reset()
+    pair = Pair(env, wrap=functools.partial(compiled, "inductor"))
+    for _ in range(2):
+        x = pair.inputs()[env.rank]
+        out = pair.model(x)
+        loss_of(out).backward()
+        (expected,), total = pair.expect([[0]])
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for name, p in pair.parameters().items():
+            scale = float(total[name].abs().max())
+            torch.testing.assert_close(full(p.grad), total[name], rtol=1e-3, atol=1e-4 * scale)
+        pair.twin.give({name: full(p.grad) for name, p in pair.parameters().items()})
+        pair.update()
+
+
+class Autocast(Decoder):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x)
+
+
+@case(2)
+def autocast(env: Env) -> None:
+    """Masters are fp32 and the unsharded weight is too; autocast rounds it to bf16, which loses nothing."""
+    pair = Pair(env, make=functools.partial(seeded, Autocast))
+    for _ in range(3):
+        pair.step(micros=2)
+
+
+@case(2)
+def explicit_prefetching(env: Env) -> None:
+    def wrap(model: Decoder, units: Units, **options: Any) -> nn.Module:
+        shard(model, units, **options)
+        blocks: list[Any] = list(model.layers)
+        for here, there in zip(blocks, blocks[1:], strict=False):
+            here.set_modules_to_forward_prefetch([there])
+            there.set_modules_to_backward_prefetch([here])
+        model.set_modules_to_forward_prefetch([blocks[0]])  # type: ignore[operator]
+        return model
+
+    pair = Pair(env, make=functools.partial(decoder, depth=4), policy=MIXED, wrap=wrap)
+    for _ in range(3):
+        pair.step()
+
+
+def dequantized(pair: Pair, name: str) -> Tensor:
+    """What the unsharded weight must be: the definition, from the twin's masters."""
+    masters = {n: p.detach() for n, p in pair.twin.model.named_parameters()}
+    group = [entry.name for entry in pair.plan.quantized if entry.group == pair.plan[name].group]
+    g = nq.global_scale(torch.stack([nq.amax(masters[member]) for member in group]).amax())
+    return nq.quantize(masters[name], g).dequantize(pair.twin.policy.param_dtype or masters[name].dtype)
+
+
+@case(
+    2,
+    how={
+        "sync": {"handle": False},
+        "async": {"handle": True},
+        "uneven": {"handle": False, "make": uneven},
+        "uneven-async": {"handle": True, "make": uneven},
+    },
+)
+def explicit_unshard(env: Env, handle: bool, make: Callable[[], nn.Module] = decoder) -> None:
+    """Weights unsharded by hand are the dequantized ones, before the first forward and after each step."""
+    pair = Pair(env, make=make, policy=MIXED)
+    model: Any = pair.model
+    for _ in range(3):
+        units = [model, *model.layers]
+        handles = [unit.unshard(async_op=handle) for unit in units]
+        for waiting in handles:
+            if waiting is not None:
+                waiting.wait()
+        for name, parameter in pair.parameters().items():
+            assert not isinstance(parameter, DTensor), f"{name} is still sharded"
+            if name in pair.plan:
+                same(parameter.detach(), dequantized(pair, name), name)
+        for unit in units:
+            unit.reshard()
+        assert all(isinstance(p, DTensor) for p in pair.parameters().values())
+        pair.step()
+
+
+@case(2)
+def unshard_across_a_step(env: Env) -> None:
+    """Unsharded weights do not outlive an optimizer step unnoticed: the next forward computes with new ones."""
+    pair = Pair(env, policy=MIXED, reshard_after_forward=False)
+    pair.compare_forward()  # leaves everything unsharded
+    pair.model.reshard()  # type: ignore[operator]
+    for layer in pair.model.layers:  # type: ignore[union-attr]
+        layer.reshard()
+    for _ in range(2):
+        pair.step()
+        pair.model.set_reshard_after_forward(True)  # type: ignore[operator]
+
+
+@case(2)
+def other_methods_than_forward(env: Env) -> None:
+    pair = Pair(env, policy=MIXED)
+
+    def embed(self: Decoder, x: Tensor) -> Tensor:
+        return self.self_attn(self.input_norm(x)) * 2  # type: ignore[attr-defined]
+
+    layer: Any = pair.model.layers[0]  # type: ignore[index,union-attr]
+    pair.model(pair.inputs()[env.rank])  # the root runs first, as FSDP2 wants it
+    type(layer).embed = embed
+    register_fsdp_forward_method(layer, "embed")
+    x = pair.inputs()[env.rank].to(torch.bfloat16)
+    with torch.no_grad():
+        pair.twin(pair.inputs()[env.rank])
+        same(layer.embed(x), embed(pair.twin.compute.layers[0], x), "output")  # type: ignore[index,union-attr,arg-type]
+
+
+@case(2)
+def whole_tensors_of_masters(env: Env) -> None:
+    """`full_tensor()`, arithmetic and norms of sharded parameters speak of the masters, unquantized."""
+    pair = Pair(env)
+    pair.step()
+    masters = dict(pair.twin.model.named_parameters())
+    for name, parameter in pair.parameters().items():
+        assert isinstance(parameter, DTensor) and parameter.shape == masters[name].shape
+        whole = parameter.full_tensor()
+        assert type(whole) in (Tensor, nn.Parameter), type(whole)
+        same(whole.detach(), masters[name].detach(), name)
+        doubled = parameter.detach() * 2
+        assert isinstance(doubled, DTensor)
+        same(doubled.full_tensor(), masters[name].detach() * 2, name)
+        torch.testing.assert_close(
+            parameter.detach().norm().full_tensor(), masters[name].detach().norm(), rtol=1e-6, atol=0.0
+        )
+        assert type(parameter.grad) in (type(None), DTensor)
+    state = [s for slots in pair.optimizer.state.values() for s in slots.values() if isinstance(s, DTensor)]
+    assert state and all(type(local(s)) is Tensor for s in state), "optimizer states are not plain"
+
+
+@case(2)
+def layers_sharded_without_their_root(env: Env) -> None:
+    """Every quantized weight is in a unit; norms and the head stay whole on each rank."""
+
+    def wrap(model: Decoder, units: Units, **options: Any) -> nn.Module:
+        for unit in units(model):
+            fully_shard(unit, **options)
+        return model
+
+    pair = Pair(env, wrap=wrap, units=layers)
+    for _ in range(2):
+        out = pair.model(pair.inputs()[env.rank])
+        loss_of(out).backward()
+        for p in pair.model.parameters():  # what FSDP2 does not reduce
+            if not isinstance(p, DTensor):
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= env.world  # type: ignore[operator]
+        (expected,), total = pair.expect([[0]])
+        same(out.detach(), expected, "output")
+        pair.compare_gradients(total)
+        pair.update()

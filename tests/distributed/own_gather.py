@@ -1,0 +1,49 @@
+"""The main cases once more, with the packed bytes in a collective of their own.
+
+Where a unit is large, its packed bytes do not pass through FSDP2's buffers but are gathered beside them
+(`nvfp4_qat.gather_unit`). The models of these tests are small, so that is forced here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from helpers_distributed import Env, again
+
+from distributed import experts, features, hsdp, safety, sync, traffic, training
+from nvfp4_qat import gather_unit
+
+HERE = sys.modules[__name__]
+
+
+def forced(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(env: Env, **arguments: Any) -> None:
+        with mock.patch.object(gather_unit, "WORTH", 0):
+            function(env, **arguments)
+
+    return run
+
+
+def one_of(*names: str) -> Callable[[str], bool]:
+    return lambda name: any(name == n or name.startswith(f"{n}[") for n in names)
+
+
+TRAINING = {
+    "fp32", "bf16", "mixed", "one-unit", "unit-per-layer", "units-of-two-modules", "weights-at-the-root-too", "reshard",
+    "never-reshard", "offload", "uneven", "uneven-mixed",
+}  # fmt: skip
+again(training, 2, HERE, forced, lambda name: name in {f"trains_as_module_mode[{variant}]" for variant in TRAINING})
+again(training, 2, HERE, forced, one_of("gradient_accumulation[last]", "global_scales_move", "frozen_weights"))
+again(training, 2, HERE, forced, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
+again(features, 2, HERE, forced, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
+again(features, 2, HERE, forced, one_of("activation_checkpointing[wrapped-layers]", "compiled_blocks[mixed]"))
+again(traffic, 2, HERE, forced, lambda name: not name.startswith("one_reduction"))
+again(safety, 2, HERE, forced, one_of("a_bad_value_on_one_rank[nan-rank-1]", "an_error_inside_the_forward"))
+again(experts, 2, HERE, forced, one_of("experts_implementations[grouped_mm-3]", "experts_in_units_of_their_own"))
+again(sync, 2, HERE, forced, one_of("streams[mixed]", "a_stream_between_forward_and_backward"))
+again(hsdp, 4, HERE, forced, one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]", "bytes_of_two_shards"))

@@ -1,0 +1,278 @@
+"""Module mode under FSDP2 (without gather mode): two gloo processes compute what one computes, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import helpers_window as scenarios
+import pytest
+import torch
+from distributed.models import Layer, uneven
+from helpers_distributed import Env, case, cases, group
+from helpers_window import OPTIMIZERS, Sharding, batch, decoder, loss_of
+from small_models import qwen3_moe
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import nvfp4_qat as nq
+from nvfp4_qat.naming import canonical_name
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+
+def fsdp(**options: Any) -> Sharding:
+    def wrap(model: nn.Module, unit: type[nn.Module]) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, unit):
+                fully_shard(module, **options)
+        fully_shard(model, **options)
+        return model
+
+    def masters(model: nn.Module) -> dict[str, Tensor]:
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        return {canonical_name(n): p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+
+    @contextlib.contextmanager
+    def no_sync(model: nn.Module) -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    def clip(model: nn.Module, norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(model.parameters(), norm).full_tensor()
+
+    mixed = options.get("mp_policy")
+    return Sharding(wrap, masters, no_sync, clip, mixed.param_dtype if mixed else None)
+
+
+PLAIN: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"mp_policy": BF16}}
+KEPT = {"reshard_after_forward": False}
+
+
+@case(2, options={
+    "loop": {"optimizer": "loop"},
+    "fused-bf16": {"optimizer": "fused", "mp_policy": BF16},
+    "foreach-kept": {"optimizer": "foreach", **KEPT},
+    "fused-bf16-kept": {"optimizer": "fused", "mp_policy": BF16, **KEPT},
+    "foreach-offload": {"optimizer": "foreach", "offload_policy": CPUOffloadPolicy(pin_memory=False)},
+})  # fmt: skip
+def trains_as_one_process(env: Env, optimizer: str, **options: Any) -> None:
+    scenarios.trains_as_one_process(fsdp(mesh=env.mesh(), **options), optimizer)
+
+
+@case(2)
+def weights_of_all_sizes(env: Env) -> None:
+    scenarios.trains_as_one_process(fsdp(mesh=env.mesh()), "sgd", uneven, tolerance=1e-6)
+
+
+@case(2)
+def replicas(env: Env) -> None:
+    scenarios.trains_as_one_process(fsdp(mesh=env.mesh(2, 1)))
+
+
+@case(2, options=PLAIN)
+def averages_different_batches(env: Env, **options: Any) -> None:
+    scenarios.averages_different_batches(fsdp(mesh=env.mesh(), **options))
+
+
+@case(2, options={"plain": {}, "kept": KEPT, "bf16": {"mp_policy": BF16}})
+def accumulates_gradients(env: Env, **options: Any) -> None:
+    scenarios.accumulates_gradients(fsdp(mesh=env.mesh(), **options))
+
+
+@case(2)
+def clips_gradients(env: Env) -> None:
+    scenarios.clips_gradients(fsdp(mesh=env.mesh()))
+
+
+@case(2, options={
+    "non-reentrant": {"implementation": CheckpointImpl.NO_REENTRANT},
+    "non-reentrant-bf16": {"implementation": CheckpointImpl.NO_REENTRANT, "mp_policy": BF16},
+    "reentrant": {"implementation": CheckpointImpl.REENTRANT},
+})  # fmt: skip
+def checkpoints_activations(env: Env, implementation: CheckpointImpl, **options: Any) -> None:
+    scenarios.checkpoints_activations(fsdp(mesh=env.mesh(), **options), implementation)
+
+
+@case(2, options={
+    "eager": {"implementation": "eager"},
+    "grouped_mm-bf16": {"implementation": "grouped_mm", "mp_policy": BF16},
+    "batched_mm-kept": {"implementation": "batched_mm", **KEPT},
+    "grouped_mm-checkpoint": {"implementation": "grouped_mm", "checkpoint": True},
+})  # fmt: skip
+def trains_experts(env: Env, implementation: str, checkpoint: bool = False, **options: Any) -> None:
+    scenarios.trains_experts(fsdp(mesh=env.mesh(), **options), implementation, checkpoint)
+
+
+@case(2, options=PLAIN)
+def holds_no_copy_of_linear_layers(env: Env, **options: Any) -> None:
+    scenarios.holds_no_copy_after_reshard(fsdp(mesh=env.mesh(), **options), decoder, Layer, batch(0))
+
+
+@case(2, options=PLAIN)
+def holds_no_copy_of_experts(env: Env, **options: Any) -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer as Unit
+
+    ids = torch.randint(0, 64, (2, 9))
+    build = lambda: qwen3_moe(implementation="grouped_mm")  # noqa: E731
+    scenarios.holds_no_copy_after_reshard(fsdp(mesh=env.mesh(), **options), build, Unit, ids)
+
+
+@case(2)
+def stops_every_rank_at_nan(env: Env) -> None:
+    def poison(model: nn.Module) -> None:
+        model.layers[1].mlp.down_proj.weight._local_tensor.view(-1)[-3] = float("nan")
+
+    scenarios.stops_every_rank_at_nan(fsdp(mesh=env.mesh()), poison)
+
+
+@case(2)
+def refuses_siblings_in_different_units(env: Env) -> None:
+    scenarios.refuses_siblings_in_different_units(fsdp(mesh=env.mesh()))
+
+
+@case(2)
+def refuses_backward_after_a_step(env: Env) -> None:
+    scenarios.refuses_backward_after_a_step(fsdp(mesh=env.mesh()))
+
+
+@case(2)
+def another_models_step_does_no_harm(env: Env) -> None:
+    scenarios.another_models_step_does_no_harm(fsdp(mesh=env.mesh()))
+
+
+@case(2, options=PLAIN)
+def inference_comes_first(env: Env, **options: Any) -> None:
+    scenarios.inference_comes_first(fsdp(mesh=env.mesh(), **options))
+
+
+def resharded(model: nn.Module) -> nn.Module:
+    """Without backward FSDP2 leaves the root's own parameters unsharded."""
+    model.reshard()
+    return model
+
+
+def load_full(model: nn.Module) -> None:
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(resharded(model), decoder(seed=1).state_dict(), options=options)
+
+
+def load_shards(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 3.0 for name, value in get_model_state_dict(resharded(model)).items()})
+
+
+def load_assign(model: nn.Module) -> None:
+    state = {name: nn.Parameter(value.detach() * 3.0) for name, value in resharded(model).state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def write_aliases(model: nn.Module) -> None:
+    """What a checkpoint reader does."""
+    for value in resharded(model).state_dict().values():
+        value.to_local().data.mul_(3.0)
+
+
+def write_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in resharded(model).parameters():
+            parameter.mul_(3.0)
+
+
+def step_elsewhere(model: nn.Module) -> None:
+    """An optimizer over copies, which are written back into memory that PyTorch does not watch."""
+    shards = [p._local_tensor for p in resharded(model).parameters()]
+    copies = [nn.Parameter(shard.clone()) for shard in shards]
+    optimizer = torch.optim.SGD(copies, lr=2.0)
+    for copied in copies:
+        copied.grad = copied.detach().clone()
+    optimizer.step()
+    for shard, copied in zip(shards, copies, strict=True):
+        shard.data.copy_(copied)
+
+
+def write_local(model: nn.Module) -> None:
+    for parameter in resharded(model).parameters():
+        parameter._local_tensor.data.mul_(3.0)
+
+
+@case(2, change={
+    change.__name__: {"change": change, "noticed": change is not write_local}
+    for change in (load_full, load_shards, load_assign, write_aliases, write_in_place, step_elsewhere, write_local)
+})  # fmt: skip
+def notices(env: Env, change: Callable[[nn.Module], None], noticed: bool) -> None:
+    scenarios.notices(fsdp(mesh=env.mesh()), change, noticed)
+
+
+@case(2, inside={"layer": {"whole": False}, "whole": {"whole": True}})
+def compiles(env: Env, whole: bool) -> None:
+    sharding = fsdp(mesh=env.mesh())
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in model.layers:
+            layer.compile(backend="aot_eager", fullgraph=not whole) if not whole else None
+        sharded = sharding.wrap(model, Layer)
+        if whole:
+            sharded.compile(backend="aot_eager")
+        return sharded
+
+    scenarios.compiles(sharding, wrap)
+
+
+@case(2)
+def frozen_weights_are_looked_at_once(env: Env) -> None:
+    """An optimizer step cannot change what needs no gradient: the base under LoRA."""
+    model = decoder()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    sharded = fsdp(mesh=env.mesh())(model)
+    step = OPTIMIZERS["fused"](p for p in sharded.parameters() if p.requires_grad)
+    with scenarios.counted_renewals() as passes:
+        for i in range(3):
+            loss_of(sharded(batch(i))).backward()
+            step.step()
+    assert len(passes) == 2, passes
+
+
+@case(2)
+def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
+    model = fsdp(mesh=env.mesh())(decoder())
+    model(batch(0))
+    with pytest.raises(nq.UserError, match=r"layers\.0\.mlp\.up_proj\.weight is used while FSDP shards it"):
+        model.layers[0].mlp.up_proj(batch(0))
+
+
+@case(2)
+def weights_loaded_after_sharding_on_meta(env: Env) -> None:
+    with torch.device("meta"):
+        model = decoder()
+    sharded = fsdp(mesh=env.mesh())(model)
+    sharded.to_empty(device="cpu")
+    set_model_state_dict(sharded, decoder(seed=1).state_dict(), options=StateDictOptions(full_state_dict=True))
+    scenarios.assert_equal_forward(sharded(batch(0)), scenarios.Reference(decoder(seed=1))(batch(0)))
+
+
+@case(2)
+def autocast_over_fp32_shards(env: Env) -> None:
+    model, reference = fsdp(mesh=env.mesh())(decoder()), scenarios.Reference(decoder())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = model(batch(0)), reference(batch(0))
+    scenarios.assert_equal_forward(y, expected)
+    loss_of(y).backward()
+    loss_of(expected).backward()
+    grads = {canonical_name(n): p.grad.full_tensor() for n, p in model.named_parameters()}
+    scenarios.assert_same(grads, {n: p.grad for n, p in reference.masters.named_parameters()})
+
+
+two = group(sys.modules[__name__], world=2)
+
+
+@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
+def test_two_processes(two: Any, name: str) -> None:
+    two.check(name)
