@@ -90,12 +90,12 @@ class One:
         self.scale = torch.empty(*shape[:-1], shape[-1] // 16, device="cuda", dtype=torch.uint8)
         self.out, self.bits = torch.empty_like(self.w), torch.zeros((), device="cuda", dtype=torch.int32)
 
-    def runs(self, blocks: int = launch.BLOCKS) -> Runs:
+    def runs(self, fake_quantize: launch.Tile = launch.FAKE_QUANTIZE) -> Runs:
         return {
             "copy": lambda: self.out.copy_(self.w),
-            "fake quantize": lambda: launch.fake_quantize(self.w, self.g, self.out, blocks=blocks),
-            "quantize": lambda: launch.quantize(self.w, self.g, self.packed, self.scale, blocks=blocks),
-            "dequantize": lambda: launch.dequantize(self.packed, self.scale, self.g, self.out, blocks=blocks),
+            "fake quantize": lambda: launch.fake_quantize(self.w, self.g, self.out, fake_quantize),
+            "quantize": lambda: launch.quantize(self.w, self.g, self.packed, self.scale),
+            "dequantize": lambda: launch.dequantize(self.packed, self.scale, self.g, self.out),
             "amax": lambda: launch.amax_bits(self.w, out=self.bits),
         }
 
@@ -106,7 +106,8 @@ def one(milliseconds: int) -> Iterator[Row]:
         runs = weight.runs()
         runs["torch amax"] = partial(torch.linalg.vector_norm, weight.w, torch.inf)
         runs["plain PyTorch"] = partial(reference.fake_quantize, weight.w, weight.g)
-        sizes = {"blocks": launch.BLOCKS, "warps": launch.OPTIONS["num_warps"]}
+        tiles = {"quantize": launch.QUANTIZE, "dequantize": launch.DEQUANTIZE, "fake quantize": launch.FAKE_QUANTIZE}
+        sizes = {"tiles": {name: tile._asdict() for name, tile in tiles.items()}}
         yield {"case": "one", "name": " x ".join(map(str, shape)), **sizes, **measure(runs, milliseconds)}
 
 
@@ -227,7 +228,7 @@ TILES = {
     "amax": [(b, s, w) for b in (256, 512) for s in (2, 4, 8, 16) for w in (4, 8)],
     "quantize": [(64, 1, 2), (128, 1, 2), *((b, s, w) for b, w in ((128, 4), (256, 4), (256, 8)) for s in (1, 2, 4))],
     "dequantize": [(64, 1, 2), (128, 1, 2), *((b, s, w) for b, w in ((128, 4), (256, 4), (256, 8)) for s in (1, 2, 4))],
-    "fake quantize": [(64, 1, 2), (64, 1, 4), (128, 1, 2), (128, 1, 4), (256, 1, 4), (256, 1, 8), (512, 1, 8)],
+    "fake quantize": [(b, s, w) for b, w in ((32, 1), (64, 2), (64, 4), (128, 4), (256, 8)) for s in (1, 2, 3, 4)],
 }
 """Blocks, steps and warps to try."""
 
@@ -237,11 +238,8 @@ def tune(kinds: list[str]) -> None:
     model, layer, weight = Many([*QWEN3_8B] * 12), Layer(QWEN3_8B, 2), One((24576, 4096))
 
     def fake_quantize(tiles: Tiles) -> Callable[[], object]:
-        def run() -> None:
-            launch.OPTIONS["num_warps"] = tiles.warps
-            launch.fake_quantize(weight.w, weight.g, weight.out, blocks=tiles.blocks)
-
-        return run
+        tile = launch.Tile(tiles.blocks, tiles.warps, tiles.steps)
+        return lambda: launch.fake_quantize(weight.w, weight.g, weight.out, tile)
 
     copies: dict[str, Callable[[], object]] = {
         "amax": lambda: model.copy.copy_(model.flat),

@@ -21,12 +21,14 @@ TABLE = {"table_ptr": "*i64", "out_ptr": "*i32", "amax_ptr": "*i32", "gathered_p
 
 def ptx(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], target: int) -> str:
     """PTX of a kernel for pointers and sizes divisible by 16, under the options that `launch` uses."""
+    constants = dict(constants)
+    options = {**launch.OPTIONS, "num_warps": constants.pop("num_warps", 4)}
     names = [p.name for p in kernel.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     pointers = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "size"]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return str(triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.OPTIONS).asm["ptx"])
+    return str(triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"])
 
 
 def single(target: int) -> dict[str, str]:
@@ -36,12 +38,17 @@ def single(target: int) -> dict[str, str]:
         short = name.name
         words = FIXED | {"w_ptr": POINTERS[short], "out_ptr": POINTERS[short]}
         values = words | {"w_ptr": "*i16" if short == "bf16" else f"*{short}", "out_ptr": "*i32"}
-        tile = {"DTYPE": name, "BLOCKS": launch.BLOCKS}
         steps = {"TILE": launch.TILE, "STEPS": launch.STEPS}
+
+        def tile(t: launch.Tile, name: object = name) -> dict[str, object]:
+            return {"DTYPE": name, "BLOCKS": t.blocks, "num_warps": t.warps}
+
+        fake = tile(launch.FAKE_QUANTIZE) | {"STEPS": launch.FAKE_QUANTIZE.steps}
         result[f"amax {dtype}"] = ptx(kernels.amax_kernel, values, steps, target)
-        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, tile, target)
-        result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, words | {"packed_ptr": "*i32"}, tile, target)
-        result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, tile, target)
+        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, tile(launch.QUANTIZE), target)
+        packed = words | {"packed_ptr": "*i32"}
+        result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, packed, tile(launch.DEQUANTIZE), target)
+        result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, fake, target)
     return result
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -101,7 +104,7 @@ def change(model: nn.Module, factor: float = 1.01, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(factor).add_(torch.randn(p.shape, generator=generator) * 1e-3)
+            p.mul_(factor).add_((torch.randn(p.shape, generator=generator) * 1e-3).to(p.device))
 
 
 def test_one_pass_and_one_wait_for_each_optimizer_step(counted):
@@ -314,3 +317,73 @@ def test_models_that_share_nothing_are_packed_apart(counted):
     with counted() as count:
         second(torch.ones(1, 32))
     assert count["packed"] == 6
+
+
+def on_gpu(model: nn.Module, config: nq.QATConfig = ON) -> nn.Module:
+    model = model.cuda()
+    nq.apply_qat(model, config)
+    return model
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_packed_together_too(counted, copied):
+    model = stack()
+    nq.apply_qat(model, ON)
+    model(torch.ones(1, 32))
+    twin = copied(model)
+    with counted() as count:
+        twin(torch.ones(1, 32))
+    assert count == {"amax": 1, "pack": 1, "packed": 6, "waits": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [ON, AMAX], ids=["pow2", "amax"])
+def test_a_gpu_packs_the_same_bytes_and_waits_once(config):
+    model, twin = on_gpu(stack(depth=4), config), stack(depth=4)
+    nq.apply_qat(twin, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)  # moves no power of two: no new tables
+    x = torch.randn(4, 32, device="cuda")
+    for step in range(5):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                loss = model(x).square().sum()
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in waits if "synchronizing" in str(w.message)]
+        assert step < 2 or len(waits) == 1, [str(w) for w in waits]  # the first two build tables
+        twin.load_state_dict(model.state_dict())
+        twin(x.cpu())
+        for name, weight in weights(model).items():
+            for mine, other in zip(weight.value.tensors(), weights(twin)[name].value.tensors(), strict=True):
+                assert torch.equal(mine.view(-1).view(torch.uint8).cpu(), other.view(-1).view(torch.uint8)), name
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.gpu
+def test_a_stream_waits_for_what_another_one_packs(monkeypatch):
+    class Late(batching.Packs):
+        def __call__(self, *args: Any) -> None:
+            torch.cuda._sleep(50_000_000)  # tens of milliseconds
+            super().__call__(*args)
+
+    monkeypatch.setattr(batching, "Packs", Late)
+    model = on_gpu(stack(depth=2, width=256, hidden=1024), AMAX)
+    x = torch.randn(4, 256, device="cuda")
+    side = torch.cuda.Stream()
+    for step in range(3):
+        change(model)
+        expected = stack(depth=2, width=256, hidden=1024).cuda()
+        expected.load_state_dict(model.state_dict())
+        nq.apply_qat(expected, AMAX)
+        want = expected.blocks[1](x)
+        torch.cuda.synchronize()
+        model.blocks[0](x)  # packs everything, on this stream
+        with torch.cuda.stream(side):
+            got = model.blocks[1](x)
+        torch.cuda.synchronize()
+        assert torch.equal(got, want), step

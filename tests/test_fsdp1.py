@@ -12,10 +12,9 @@ from unittest import mock
 import helpers_window as scenarios
 import pytest
 import torch
-from distributed.models import Layer, uneven
+from distributed.models import Layer
 from helpers_distributed import Env, case, cases, group
 from helpers_window import ON, OPTIMIZERS, Reference, Sharding, assert_equal_forward, batch, decoder, loss_of
-from small_models import qwen3_moe
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy, StateDictType
@@ -30,12 +29,14 @@ FULL, GRAD_OP, NO = ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP,
 BF16 = MixedPrecision(param_dtype=torch.bfloat16)
 
 
-def fsdp(orig: bool = True, **options: Any) -> Sharding:
+def fsdp(env: Env, orig: bool = True, **options: Any) -> Sharding:
+    scenarios.use(env.device)
+    device = torch.device(env.device, torch.cuda.current_device()) if env.device == "cuda" else torch.device("cpu")
+
     def wrap(model: nn.Module, unit: type[nn.Module]) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # FSDP1 and NO_SHARD are deprecated
             policy = ModuleWrapPolicy({unit})
-            device = torch.device("cpu")
             return FSDP(model, auto_wrap_policy=policy, use_orig_params=orig, device_id=device, **options)
 
     def masters(model: nn.Module) -> dict[str, Tensor]:
@@ -66,32 +67,32 @@ ORIGINAL = {"original": {"orig": True}, "flat": {"orig": False}}
     "no-flat-foreach-bf16": {"optimizer": "foreach", "orig": False, "sharding_strategy": NO, "mixed_precision": BF16},
 })  # fmt: skip
 def trains_as_one_process(env: Env, optimizer: str, **options: Any) -> None:
-    scenarios.trains_as_one_process(fsdp(**options), optimizer)
+    scenarios.trains_as_one_process(fsdp(env, **options), optimizer)
 
 
 @case(2, options=ORIGINAL)
 def weights_of_all_sizes(env: Env, **options: Any) -> None:
-    scenarios.trains_as_one_process(fsdp(**options), "sgd", uneven, steps=1, tolerance=1e-6)
+    scenarios.trains_as_one_process(fsdp(env, **options), "sgd", scenarios.uneven, steps=1, tolerance=1e-6)
 
 
 @case(2, options={**ORIGINAL, "bf16": {"mixed_precision": BF16}})
 def averages_different_batches(env: Env, **options: Any) -> None:
-    scenarios.averages_different_batches(fsdp(**options))
+    scenarios.averages_different_batches(fsdp(env, **options))
 
 
 @case(2, options={**ORIGINAL, "grad_op": {"sharding_strategy": GRAD_OP}, "bf16": {"mixed_precision": BF16}})
 def accumulates_gradients(env: Env, **options: Any) -> None:
-    scenarios.accumulates_gradients(fsdp(**options))
+    scenarios.accumulates_gradients(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def does_not_read_ahead(env: Env, **options: Any) -> None:
-    scenarios.does_not_read_ahead(fsdp(forward_prefetch=True, **options))
+    scenarios.does_not_read_ahead(fsdp(env, forward_prefetch=True, **options))
 
 
 @case(2, options=ORIGINAL)
 def clips_gradients(env: Env, **options: Any) -> None:
-    scenarios.clips_gradients(fsdp(**options))
+    scenarios.clips_gradients(fsdp(env, **options))
 
 
 @case(2, options={
@@ -102,7 +103,7 @@ def clips_gradients(env: Env, **options: Any) -> None:
     "non-reentrant-grad_op": {"implementation": CheckpointImpl.NO_REENTRANT, "sharding_strategy": GRAD_OP},
 })  # fmt: skip
 def checkpoints_activations(env: Env, implementation: CheckpointImpl, **options: Any) -> None:
-    scenarios.checkpoints_activations(fsdp(**options), implementation)
+    scenarios.checkpoints_activations(fsdp(env, **options), implementation)
 
 
 @case(2, options={
@@ -113,31 +114,38 @@ def checkpoints_activations(env: Env, implementation: CheckpointImpl, **options:
     "grouped_mm-grad_op": {"implementation": "grouped_mm", "sharding_strategy": GRAD_OP},
 })  # fmt: skip
 def trains_experts(env: Env, implementation: str, checkpoint: bool = False, **options: Any) -> None:
-    scenarios.trains_experts(fsdp(**options), implementation, checkpoint)
+    scenarios.trains_experts(fsdp(env, **options), implementation, checkpoint)
 
 
-@case(2, options={"original": {"orig": True, "steps": 1}, "flat": {"orig": False, "steps": 3}})
-def offloads_to_the_cpu(env: Env, steps: int, **options: Any) -> None:
-    """One step with the original parameters: where a CPU computes, FSDP1 itself adds up the gradients of all steps."""
+@case(2, options=ORIGINAL)
+def offloads_to_the_cpu(env: Env, orig: bool) -> None:
+    """Where a CPU computes, FSDP1 itself adds up the gradients of all steps, if it keeps the original parameters."""
     with contextlib.ExitStack() as stack:
         if env.device == "cpu":  # there is no memory to pin, and streams have nothing to wait for
             stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self: self))
             stack.enter_context(mock.patch.object(torch.cpu.Stream, "synchronize", lambda self: None, create=True))
-        offload = CPUOffload(offload_params=True)
-        scenarios.trains_as_one_process(fsdp(cpu_offload=offload, **options), steps=steps)
+        sharding = fsdp(env, orig=orig, cpu_offload=CPUOffload(offload_params=True))
+        if env.device == "cpu":
+            scenarios.trains_as_one_process(sharding, steps=1 if orig else 3)
+        else:  # the reference's optimizer computes on the GPU, with other instructions
+            scenarios.trains_as_one_process(sharding, steps=1, tolerance=1e-6)
 
 
 @case(2, options={**ORIGINAL, "bf16": {"mixed_precision": BF16}})
 def holds_no_copy_of_linear_layers(env: Env, **options: Any) -> None:
-    scenarios.holds_no_copy_after_reshard(fsdp(**options), decoder, Layer, batch(0))
+    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), decoder, Layer, lambda: batch(0))
 
 
 @case(2, options=ORIGINAL)
 def holds_no_copy_of_experts(env: Env, **options: Any) -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer as Unit
 
-    ids = torch.randint(0, 64, (2, 9))
-    scenarios.holds_no_copy_after_reshard(fsdp(**options), lambda: qwen3_moe(implementation="grouped_mm"), Unit, ids)
+    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), scenarios.moe, Unit, scenarios.tokens)
+
+
+@case(2, options=ORIGINAL)
+def frees_what_was_there_before(env: Env, **options: Any) -> None:
+    scenarios.frees_what_was_there_before(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
@@ -148,33 +156,33 @@ def stops_every_rank_at_nan(env: Env, orig: bool) -> None:
         assert shard.ndim == 1
         shard.data[-3] = float("nan")
 
-    scenarios.stops_every_rank_at_nan(fsdp(orig=orig), poison)
+    scenarios.stops_every_rank_at_nan(fsdp(env, orig=orig), poison)
 
 
 @case(2, options=ORIGINAL)
 def refuses_siblings_in_different_units(env: Env, **options: Any) -> None:
-    scenarios.refuses_siblings_in_different_units(fsdp(**options))
+    scenarios.refuses_siblings_in_different_units(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def refuses_backward_after_a_step(env: Env, **options: Any) -> None:
-    scenarios.refuses_backward_after_a_step(fsdp(**options))
+    scenarios.refuses_backward_after_a_step(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def another_models_step_does_no_harm(env: Env, **options: Any) -> None:
-    scenarios.another_models_step_does_no_harm(fsdp(**options))
+    scenarios.another_models_step_does_no_harm(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def inference_comes_first(env: Env, **options: Any) -> None:
-    scenarios.inference_comes_first(fsdp(**options))
+    scenarios.inference_comes_first(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def packs_full_parameters(env: Env, **options: Any) -> None:
     """While FSDP1 shows whole parameters they can be packed; else the error says what to do."""
-    model, reference = fsdp(**options)(decoder()), Reference(decoder())
+    model, reference = fsdp(env, **options)(decoder()), Reference(decoder())
     model(batch(0))
     with pytest.raises(nq.UserError, match="q_proj.weight is sharded"):
         list(pack_from_masters(model))
@@ -241,12 +249,12 @@ CHANGES = (load_full, load_sharded, load_local, write_in_summon, write_data_in_s
     if (change, name) != (load_local, "original")  # torch cannot
 })  # fmt: skip
 def notices(env: Env, change: Callable[[nn.Module], None], noticed: bool, **options: Any) -> None:
-    scenarios.notices(fsdp(**options), change, noticed)
+    scenarios.notices(fsdp(env, **options), change, noticed)
 
 
 @case(2)
 def compiles(env: Env) -> None:
-    sharding = fsdp()
+    sharding = fsdp(env)
 
     def wrap(model: nn.Module) -> nn.Module:
         sharded = sharding.wrap(model, Layer)
@@ -260,11 +268,10 @@ def compiles(env: Env) -> None:
 @case(2)
 def frozen_weights_are_looked_at_once(env: Env) -> None:
     """An optimizer step cannot change what needs no gradient: the base under LoRA."""
-    model = decoder()
-    nq.apply_qat(model, ON)
+    sharding, model = fsdp(env), decoder()
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    sharded = fsdp().wrap(model, Layer)
+    sharded = sharding(model)
     step = OPTIMIZERS["fused"](p for p in sharded.parameters() if p.requires_grad)
     with scenarios.counted_renewals() as passes:
         for i in range(3):
@@ -275,10 +282,11 @@ def frozen_weights_are_looked_at_once(env: Env) -> None:
 
 @case(2)
 def ignored_parameters_keep_their_packed_copy(env: Env) -> None:
+    scenarios.use(env.device)
     model = decoder()
     nq.apply_qat(model, ON)
     own = [layer.mlp.down_proj.weight for layer in model.layers]
-    sharded = fsdp(ignored_states=own).wrap(model, Layer)
+    sharded = fsdp(env, ignored_states=own).wrap(model, Layer)
     reference = Reference(decoder())
     assert_equal_forward(sharded(batch(0)), reference(batch(0)))
     assert all(layer.module.mlp.down_proj._qat_weights["weight"].value is not None for layer in model.layers)
@@ -287,15 +295,23 @@ def ignored_parameters_keep_their_packed_copy(env: Env) -> None:
 
 @case(2)
 def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
-    model = fsdp(orig=False)(decoder())
+    model = fsdp(env, orig=False)(decoder())
     model(batch(0))
     with pytest.raises(nq.UserError, match=r"layers\.0\.mlp\.up_proj\.weight is used while FSDP shards it"):
         model.module.layers[0].module.mlp.up_proj(batch(0))
 
 
 two = group(sys.modules[__name__], world=2)
+two_gpus = group(sys.modules[__name__], world=2, device="cuda")
 
 
 @pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
 def test_two_processes(two: Any, name: str) -> None:
     two.check(name)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
+def test_two_gpus(two_gpus: Any, name: str) -> None:
+    two_gpus.check(name)

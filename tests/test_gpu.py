@@ -104,7 +104,8 @@ def test_a_linear_layer_holds_its_packed_copy_and_nothing_more():
     y = layer(x)
     held = torch.cuda.memory_allocated() - before - y.nbytes
     packed = layer.weight.numel() * 9 // 16
-    assert packed <= held <= packed + 4096, (held, packed)
+    tables = layer.weight.numel() // 1024  # two, of 32 bytes a 65,536 weights: what the kernels are to do
+    assert packed <= held <= packed + tables + 4096, (held, packed)
 
 
 def test_experts_hold_their_packed_copy_and_nothing_more():

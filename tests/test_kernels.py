@@ -30,12 +30,17 @@ tl = pytest.importorskip("triton.language")
 
 from nvfp4_qat import kernels, launch  # noqa: E402
 
-BLOCKS = launch.BLOCKS if DEVICE == "cuda" else 4096
+BLOCKS = 256 if DEVICE == "cuda" else 4096
 pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]  # the interpreter's numpy
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 TILE = launch.TILE if DEVICE == "cuda" else 1 << 16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def tile(blocks: int, tuned: launch.Tile) -> launch.Tile:
+    """Tiles of that many blocks; as many as ships on a GPU, unless a test wants others."""
+    return tuned if DEVICE == "cuda" and blocks == BLOCKS else launch.Tile(blocks, 4, tuned.steps)
 
 
 def launched(w: Tensor, g: Tensor, blocks: int = BLOCKS) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,14 +49,14 @@ def launched(w: Tensor, g: Tensor, blocks: int = BLOCKS) -> tuple[Tensor, Tensor
     packed = torch.empty((*w.shape[:-1], w.shape[-1] // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.empty((*w.shape[:-1], w.shape[-1] // 16), dtype=torch.uint8, device=DEVICE)
     fake = torch.empty(w.shape, dtype=w.dtype, device=DEVICE)
-    launch.quantize(w, g, packed, scale, blocks=blocks)
-    launch.fake_quantize(w, g, fake, blocks=blocks)
+    launch.quantize(w, g, packed, scale, tile(blocks, launch.QUANTIZE))
+    launch.fake_quantize(w, g, fake, tile(blocks, launch.FAKE_QUANTIZE))
     return packed, scale, fake
 
 
 def dequantized(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype, blocks: int = BLOCKS) -> Tensor:
     out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=DEVICE)
-    launch.dequantize(packed.to(DEVICE), scale.to(DEVICE), g.to(DEVICE), out, blocks=blocks)
+    launch.dequantize(packed.to(DEVICE), scale.to(DEVICE), g.to(DEVICE), out, tile(blocks, launch.DEQUANTIZE))
     return out
 
 
@@ -209,10 +214,10 @@ def test_tile_boundaries(blocks: int, items: int) -> None:
         g = reference.global_scale(reference.amax(w, 1), "amax")
         check(w, g, blocks)
         guard = torch.full((items * count + 2, 16), 7.0, dtype=torch.bfloat16, device=DEVICE)
-        launch.fake_quantize(w.to(DEVICE), g.to(DEVICE), guard[1:-1].view(w.shape), blocks=blocks)
+        launch.fake_quantize(w.to(DEVICE), g.to(DEVICE), guard[1:-1].view(w.shape), tile(blocks, launch.FAKE_QUANTIZE))
         assert (guard[0] == 7).all() and (guard[-1] == 7).all()
-    for tile, steps in ((1, 1), (8, 2), (16, 4)):
-        got = launch.amax_bits(w.to(DEVICE), 1, tile=tile, steps=steps).view(torch.float32)
+    for size, steps in ((1, 1), (8, 2), (16, 4)):
+        got = launch.amax_bits(w.to(DEVICE), 1, tile=size, steps=steps).view(torch.float32)
         assert_same_bits(got, reference.amax(w, 1), "amax", w=w)
 
 
@@ -231,7 +236,7 @@ def test_tensors_that_words_do_not_fit() -> None:
         for start in (0, 1):
             w = buffer[start : start + 64].view(2, 32)
             result = torch.zeros_like(buffer)
-            launch.fake_quantize(w, g, result[start : start + 64].view(2, 32), blocks=4)
+            launch.fake_quantize(w, g, result[start : start + 64].view(2, 32), launch.Tile(4, 4, 3))
             expected = reference.fake_quantize(w.cpu(), g.cpu())
             assert_same_bits(result[start : start + 64].view(2, 32), expected, f"{dtype} from {start}", w=w)
             assert result[:start].sum() == 0 and result[start + 64 :].sum() == 0

@@ -43,8 +43,10 @@ class Mode:
 
     def put(self, t: Tensor) -> Tensor:
         """``t`` on the device, at the same offset from an aligned address as it has in its own storage."""
-        moved = t.untyped_storage().to(self.device) if t.device != self.device else t.untyped_storage()
-        return torch.empty(0, dtype=t.dtype, device=self.device).set_(moved, t.storage_offset(), t.shape, t.stride())
+        if t.device == self.device:
+            return t
+        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(self.device)
+        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
     def zeros(self, n: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(n, dtype=dtype, device=self.device)

@@ -10,10 +10,9 @@ from typing import Any
 import helpers_window as scenarios
 import pytest
 import torch
-from distributed.models import Layer, uneven
+from distributed.models import Layer
 from helpers_distributed import Env, case, cases, group
 from helpers_window import OPTIMIZERS, Sharding, batch, decoder, loss_of
-from small_models import qwen3_moe
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,7 +24,10 @@ from nvfp4_qat.naming import canonical_name
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
-def fsdp(**options: Any) -> Sharding:
+def fsdp(env: Env, **options: Any) -> Sharding:
+    scenarios.use(env.device)
+    options = {"mesh": env.mesh(), **options}
+
     def wrap(model: nn.Module, unit: type[nn.Module]) -> nn.Module:
         for module in model.modules():
             if isinstance(module, unit):
@@ -61,35 +63,43 @@ KEPT = {"reshard_after_forward": False}
     "fused-bf16": {"optimizer": "fused", "mp_policy": BF16},
     "foreach-kept": {"optimizer": "foreach", **KEPT},
     "fused-bf16-kept": {"optimizer": "fused", "mp_policy": BF16, **KEPT},
-    "foreach-offload": {"optimizer": "foreach", "offload_policy": CPUOffloadPolicy(pin_memory=False)},
 })  # fmt: skip
 def trains_as_one_process(env: Env, optimizer: str, **options: Any) -> None:
-    scenarios.trains_as_one_process(fsdp(mesh=env.mesh(), **options), optimizer)
+    scenarios.trains_as_one_process(fsdp(env, **options), optimizer)
+
+
+@case(2)
+def offloads_to_the_cpu(env: Env) -> None:
+    sharding = fsdp(env, offload_policy=CPUOffloadPolicy(pin_memory=env.device == "cuda"))
+    if env.device == "cpu":
+        scenarios.trains_as_one_process(sharding, "foreach")
+    else:  # the reference's optimizer computes on the GPU, with other instructions
+        scenarios.trains_as_one_process(sharding, "foreach", steps=1, tolerance=1e-6)
 
 
 @case(2)
 def weights_of_all_sizes(env: Env) -> None:
-    scenarios.trains_as_one_process(fsdp(mesh=env.mesh()), "sgd", uneven, tolerance=1e-6)
+    scenarios.trains_as_one_process(fsdp(env), "sgd", scenarios.uneven, tolerance=1e-6)
 
 
 @case(2)
 def replicas(env: Env) -> None:
-    scenarios.trains_as_one_process(fsdp(mesh=env.mesh(2, 1)))
+    scenarios.trains_as_one_process(fsdp(env, mesh=env.mesh(2, 1)))
 
 
 @case(2, options=PLAIN)
 def averages_different_batches(env: Env, **options: Any) -> None:
-    scenarios.averages_different_batches(fsdp(mesh=env.mesh(), **options))
+    scenarios.averages_different_batches(fsdp(env, **options))
 
 
 @case(2, options={"plain": {}, "kept": KEPT, "bf16": {"mp_policy": BF16}})
 def accumulates_gradients(env: Env, **options: Any) -> None:
-    scenarios.accumulates_gradients(fsdp(mesh=env.mesh(), **options))
+    scenarios.accumulates_gradients(fsdp(env, **options))
 
 
 @case(2)
 def clips_gradients(env: Env) -> None:
-    scenarios.clips_gradients(fsdp(mesh=env.mesh()))
+    scenarios.clips_gradients(fsdp(env))
 
 
 @case(2, options={
@@ -98,7 +108,7 @@ def clips_gradients(env: Env) -> None:
     "reentrant": {"implementation": CheckpointImpl.REENTRANT},
 })  # fmt: skip
 def checkpoints_activations(env: Env, implementation: CheckpointImpl, **options: Any) -> None:
-    scenarios.checkpoints_activations(fsdp(mesh=env.mesh(), **options), implementation)
+    scenarios.checkpoints_activations(fsdp(env, **options), implementation)
 
 
 @case(2, options={
@@ -108,21 +118,24 @@ def checkpoints_activations(env: Env, implementation: CheckpointImpl, **options:
     "grouped_mm-checkpoint": {"implementation": "grouped_mm", "checkpoint": True},
 })  # fmt: skip
 def trains_experts(env: Env, implementation: str, checkpoint: bool = False, **options: Any) -> None:
-    scenarios.trains_experts(fsdp(mesh=env.mesh(), **options), implementation, checkpoint)
+    scenarios.trains_experts(fsdp(env, **options), implementation, checkpoint)
 
 
 @case(2, options=PLAIN)
 def holds_no_copy_of_linear_layers(env: Env, **options: Any) -> None:
-    scenarios.holds_no_copy_after_reshard(fsdp(mesh=env.mesh(), **options), decoder, Layer, batch(0))
+    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), decoder, Layer, lambda: batch(0))
 
 
 @case(2, options=PLAIN)
 def holds_no_copy_of_experts(env: Env, **options: Any) -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer as Unit
 
-    ids = torch.randint(0, 64, (2, 9))
-    build = lambda: qwen3_moe(implementation="grouped_mm")  # noqa: E731
-    scenarios.holds_no_copy_after_reshard(fsdp(mesh=env.mesh(), **options), build, Unit, ids)
+    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), scenarios.moe, Unit, scenarios.tokens)
+
+
+@case(2)
+def frees_what_was_there_before(env: Env) -> None:
+    scenarios.frees_what_was_there_before(fsdp(env))
 
 
 @case(2)
@@ -130,27 +143,27 @@ def stops_every_rank_at_nan(env: Env) -> None:
     def poison(model: nn.Module) -> None:
         model.layers[1].mlp.down_proj.weight._local_tensor.view(-1)[-3] = float("nan")
 
-    scenarios.stops_every_rank_at_nan(fsdp(mesh=env.mesh()), poison)
+    scenarios.stops_every_rank_at_nan(fsdp(env), poison)
 
 
 @case(2)
 def refuses_siblings_in_different_units(env: Env) -> None:
-    scenarios.refuses_siblings_in_different_units(fsdp(mesh=env.mesh()))
+    scenarios.refuses_siblings_in_different_units(fsdp(env))
 
 
 @case(2)
 def refuses_backward_after_a_step(env: Env) -> None:
-    scenarios.refuses_backward_after_a_step(fsdp(mesh=env.mesh()))
+    scenarios.refuses_backward_after_a_step(fsdp(env))
 
 
 @case(2)
 def another_models_step_does_no_harm(env: Env) -> None:
-    scenarios.another_models_step_does_no_harm(fsdp(mesh=env.mesh()))
+    scenarios.another_models_step_does_no_harm(fsdp(env))
 
 
 @case(2, options=PLAIN)
 def inference_comes_first(env: Env, **options: Any) -> None:
-    scenarios.inference_comes_first(fsdp(mesh=env.mesh(), **options))
+    scenarios.inference_comes_first(fsdp(env, **options))
 
 
 def resharded(model: nn.Module) -> nn.Module:
@@ -189,7 +202,7 @@ def step_elsewhere(model: nn.Module) -> None:
     """An optimizer over copies, which are written back into memory that PyTorch does not watch."""
     shards = [p._local_tensor for p in resharded(model).parameters()]
     copies = [nn.Parameter(shard.clone()) for shard in shards]
-    optimizer = torch.optim.SGD(copies, lr=2.0)
+    optimizer = torch.optim.SGD(copies, lr=4.0)  # minus three times the weight
     for copied in copies:
         copied.grad = copied.detach().clone()
     optimizer.step()
@@ -207,12 +220,12 @@ def write_local(model: nn.Module) -> None:
     for change in (load_full, load_shards, load_assign, write_aliases, write_in_place, step_elsewhere, write_local)
 })  # fmt: skip
 def notices(env: Env, change: Callable[[nn.Module], None], noticed: bool) -> None:
-    scenarios.notices(fsdp(mesh=env.mesh()), change, noticed)
+    scenarios.notices(fsdp(env), change, noticed)
 
 
 @case(2, inside={"layer": {"whole": False}, "whole": {"whole": True}})
 def compiles(env: Env, whole: bool) -> None:
-    sharding = fsdp(mesh=env.mesh())
+    sharding = fsdp(env)
 
     def wrap(model: nn.Module) -> nn.Module:
         for layer in model.layers:
@@ -228,10 +241,10 @@ def compiles(env: Env, whole: bool) -> None:
 @case(2)
 def frozen_weights_are_looked_at_once(env: Env) -> None:
     """An optimizer step cannot change what needs no gradient: the base under LoRA."""
-    model = decoder()
+    sharding, model = fsdp(env), decoder()
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    sharded = fsdp(mesh=env.mesh())(model)
+    sharded = sharding(model)
     step = OPTIMIZERS["fused"](p for p in sharded.parameters() if p.requires_grad)
     with scenarios.counted_renewals() as passes:
         for i in range(3):
@@ -242,7 +255,7 @@ def frozen_weights_are_looked_at_once(env: Env) -> None:
 
 @case(2)
 def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
-    model = fsdp(mesh=env.mesh())(decoder())
+    model = fsdp(env)(decoder())
     model(batch(0))
     with pytest.raises(nq.UserError, match=r"layers\.0\.mlp\.up_proj\.weight is used while FSDP shards it"):
         model.layers[0].mlp.up_proj(batch(0))
@@ -250,18 +263,17 @@ def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
 
 @case(2)
 def weights_loaded_after_sharding_on_meta(env: Env) -> None:
-    with torch.device("meta"):
-        model = decoder()
-    sharded = fsdp(mesh=env.mesh())(model)
-    sharded.to_empty(device="cpu")
+    sharding = fsdp(env)
+    sharded = sharding(decoder().to("meta"))
+    sharded.to_empty(device=env.device)
     set_model_state_dict(sharded, decoder(seed=1).state_dict(), options=StateDictOptions(full_state_dict=True))
     scenarios.assert_equal_forward(sharded(batch(0)), scenarios.Reference(decoder(seed=1))(batch(0)))
 
 
 @case(2)
 def autocast_over_fp32_shards(env: Env) -> None:
-    model, reference = fsdp(mesh=env.mesh())(decoder()), scenarios.Reference(decoder())
-    with torch.autocast("cpu", torch.bfloat16):
+    model, reference = fsdp(env)(decoder()), scenarios.Reference(decoder())
+    with torch.autocast(env.device, torch.bfloat16):
         y, expected = model(batch(0)), reference(batch(0))
     scenarios.assert_equal_forward(y, expected)
     loss_of(y).backward()
@@ -271,8 +283,16 @@ def autocast_over_fp32_shards(env: Env) -> None:
 
 
 two = group(sys.modules[__name__], world=2)
+two_gpus = group(sys.modules[__name__], world=2, device="cuda")
 
 
 @pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
 def test_two_processes(two: Any, name: str) -> None:
     two.check(name)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
+def test_two_gpus(two_gpus: Any, name: str) -> None:
+    two_gpus.check(name)

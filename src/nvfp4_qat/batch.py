@@ -30,9 +30,11 @@ from .errors import UserError
 from .format import BLOCK
 from .multi import Amaxes, Packs
 from .parameter import when_data_moves
+from .streams import StreamOrder
 
 if TYPE_CHECKING:
-    from .state import FusionGroup, PackedWeight
+    from .fusion import FusionGroup
+    from .state import PackedWeight
 
 
 class Entry(NamedTuple):
@@ -47,15 +49,15 @@ class Family:
     """The fusion groups of one model, in the order of the plan."""
 
     def __init__(self) -> None:
-        self._groups: list[weakref.ref[FusionGroup]] = []
+        self._groups: weakref.WeakKeyDictionary[FusionGroup, None] = weakref.WeakKeyDictionary()
+        self._orders: dict[torch.device, StreamOrder] = {}
 
     def add(self, group: "FusionGroup") -> None:
-        if all(ref() is not group for ref in self._groups):
-            self._groups.append(weakref.ref(group))
+        self._groups.setdefault(group)
 
     def groups(self) -> list["FusionGroup"]:
         """The groups that are still in use."""
-        return [group for ref in self._groups if (group := ref()) is not None]
+        return list(self._groups)
 
     def pack(self, wanted: "FusionGroup") -> bool:
         """Pack a stale group, and with it all others that are surely stale. The caller holds the lock.
@@ -70,16 +72,30 @@ class Family:
         for group in self.groups():
             if group is not wanted and (others := _entries(group)) is not None and _alike(entries, others):
                 together.append(others)
+        order = self.order(entries[0].master.device)
         with torch.inference_mode(False), torch.no_grad():
             batch = _batches.pop(self, None)
             if batch is None or not batch.fits(together):
                 batch = Batch(together, wanted.policy)
+            order.before_packing()
             good = batch.pack(together)
+            order.packed()
             _batches[self] = batch
         return good[0]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_groups": []}  # groups add themselves when their members are bound
+    def order(self, device: torch.device) -> StreamOrder:
+        """Who waits for whom on a device: what one stream packs, others read."""
+        if device not in self._orders:
+            self._orders[device] = StreamOrder()
+            self._orders[device].on(device)
+        return self._orders[device]
+
+    def forget(self) -> None:
+        """Drop all references to masters."""
+        _batches.pop(self, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Family, ()  # a copy is empty: groups add themselves when their members are bound
 
 
 _batches: "weakref.WeakKeyDictionary[Family, Batch]" = weakref.WeakKeyDictionary()

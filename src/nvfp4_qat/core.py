@@ -18,12 +18,13 @@ from .batch import Family
 from .config import QATConfig
 from .errors import MismatchError, StaleWeightsError, UserError
 from .experts import to_qat_experts
+from .fusion import FusionGroup, Packing
 from .linear import to_qat_linear
 from .model_tensors import is_dtensor
 from .ops import PackedNVFP4
 from .parameter import check_adoptable
 from .plan import QuantizedTensor, QuantPlan, canonical_name
-from .state import FusionGroup, PackedWeight, Packing, QATModule, packed_weights_of
+from .state import PackedWeight, QATModule, packed_weights_of
 
 if TYPE_CHECKING:
     from .gather import Gather

@@ -238,7 +238,8 @@ class Gather:
                 continue
             _check_group(group, found)
             shards = [self._shard(p, w) for p, w in found]
-            units.append((group, found, Unit(shards, group.device)))
+            with torch.inference_mode(False):  # training may follow
+                units.append((group, found, Unit(shards, group.device)))
         found_names = {w.name for _, found, _ in units for _, w in found}
         missing = [name for name in self.weights if name not in found_names]
         if missing:
@@ -248,7 +249,8 @@ class Gather:
                 f"fully_shard ({some}): call fully_shard on their modules or on the model before its first forward, or "
                 "leave gather out of apply_qat"
             )
-        self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
+        with torch.inference_mode(False):
+            self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
         self.streams.on(self._packer.device)
         for group, found, packed in units:
             unit = GatherUnit(packed, group)

@@ -17,9 +17,9 @@ a number so large that the last place of fp32 becomes that of the result. Nothin
 the interpreter's casts to bf16 and fp8 do not round to nearest even (Triton 3.6 and 3.9), and GPUs before Ada have none
 to fp8. The only floating-point operations are IEEE products, two IEEE divisions a block, and those additions.
 
-**Instructions.** While packing, an H200's memory brings each multiprocessor some 6 weights a clock, in which it executes
-at most 128 instructions, half of them integer operations and minima: a weight may cost 20 and 10. Hence rounding by
-addition, and few operations in all.
+**Instructions.** While packing, an H200's memory brings each multiprocessor some 6 weights a clock, in which it
+executes at most 128 instructions, half of them integer operations and minima: a weight may cost 20 and 10. Hence
+rounding by addition, and few operations in all.
 
 Deliberately absent: inline assembly, autotuning, and checks on values. A block with a NaN gets the scale NaN.
 """
@@ -246,14 +246,28 @@ def quantize_kernel(w_ptr, g_ptr, packed_ptr, scale_ptr, blocks_per_item, DTYPE:
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])
-def fake_quantize_kernel(w_ptr, g_ptr, out_ptr, blocks_per_item, DTYPE: tl.constexpr, BLOCKS: tl.constexpr):
-    """Quantize and dequantize ``w`` in registers; ``w`` and ``out`` are words of the same dtype."""
-    item, first, left = _tile(blocks_per_item, BLOCKS)
-    block = tl.arange(0, BLOCKS)
-    inside = (block < left)[:, None]
-    pairs = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    words = tl.load(w_ptr + first * 8 + pairs, mask=inside, other=0)
-    tl.store(out_ptr + first * 8 + pairs, _fake_quantize(words, tl.load(g_ptr + item), DTYPE), mask=inside)
+def fake_quantize_kernel(
+    w_ptr, g_ptr, out_ptr, blocks_per_item, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr
+):
+    """Quantize and dequantize ``w`` in registers; ``w`` and ``out`` are words of the same dtype.
+
+    A program works through ``STEPS`` tiles and loads the next one before it computes on the present one.
+    """
+    item, first, left = _tile(blocks_per_item, BLOCKS * STEPS)
+    w_ptr += first * 8
+    out_ptr += first * 8
+    block = tl.arange(0, BLOCKS)[:, None]
+    pair = tl.arange(0, 8)[None, :]
+    g = tl.load(g_ptr + item)
+    words = tl.load(w_ptr + (block * 8 + pair), mask=block < left, other=0)
+    for step in tl.static_range(STEPS):
+        following = words
+        if step + 1 < STEPS:
+            after = block + (step + 1) * BLOCKS
+            following = tl.load(w_ptr + (after * 8 + pair), mask=after < left, other=0)
+        here = block + step * BLOCKS
+        tl.store(out_ptr + (here * 8 + pair), _fake_quantize(words, g, DTYPE), mask=here < left)
+        words = following
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])

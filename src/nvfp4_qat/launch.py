@@ -8,7 +8,7 @@ The tile sizes are parameters because the interpreter's cost is per program, not
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,22 @@ from torch import Tensor
 from . import kernels
 from .format import BLOCK
 
-BLOCKS = 256
-"""Blocks of 16 a program works on: 32 elements a thread."""
+
+class Tile(NamedTuple):
+    """How much a program works on: ``steps`` times ``blocks`` blocks of 16, by ``warps`` warps."""
+
+    blocks: int
+    warps: int
+    steps: int = 1
+
+
+# The fastest on an H200 of those that benchmarks/bench_kernels.py --tune tries.
+QUANTIZE, DEQUANTIZE, FAKE_QUANTIZE = Tile(256, 4), Tile(128, 2), Tile(64, 2, 3)
 
 TILE, STEPS = 4096, 8
 """Elements a program of the amax kernel loads at once, and how often."""
 
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 """Fusing a product with the addition that rounds it would change results."""
 
 MAX_ITEMS = 65535
@@ -69,7 +78,7 @@ def amax_bits(
     with on_device(w):
         for items, tensors in _parts(out.numel(), w, out):
             grid = (triton.cdiv(size, tile * steps), items)
-            kernels.amax_kernel[grid](*tensors, size, TILE=tile, STEPS=steps, **OPTIONS)
+            kernels.amax_kernel[grid](*tensors, size, TILE=tile, STEPS=steps, num_warps=4, **OPTIONS)
     return out
 
 
@@ -78,38 +87,40 @@ def amax(w: Tensor, batch_dims: int = 0) -> Tensor:
     return amax_bits(w, batch_dims).view(torch.float32)
 
 
-def quantize(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor, blocks: int = BLOCKS) -> None:
+def quantize(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor, tile: Tile = QUANTIZE) -> None:
     """Write codes, uint8 ``[..., K/2]``, and block scales, E4M3 as uint8 ``[..., K/16]``."""
     assert packed.is_contiguous() and scale.is_contiguous()
     w, g = _readable(w), g.contiguous()
-    _launch(kernels.quantize_kernel, scale.numel(), w.dtype, blocks, g, _words(w), g, packed, scale)
+    _launch(kernels.quantize_kernel, scale.numel(), w.dtype, tile, g, _words(w), g, packed, scale)
 
 
-def dequantize(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor, blocks: int = BLOCKS) -> None:
+def dequantize(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor, tile: Tile = DEQUANTIZE) -> None:
     """Write ``bf16((e2m1 · scale) · g)`` into ``out`` ``[..., K]`` in its dtype; ``scale`` is E4M3 as uint8."""
     packed, scale, g = packed.contiguous(), scale.contiguous(), g.contiguous()
     codes = packed if _aligned(packed, torch.int32) else packed.clone()
     with _written(out) as target:
         tensors = codes.view(torch.int32), scale, g, _words(target)
-        _launch(kernels.dequantize_kernel, scale.numel(), target.dtype, blocks, g, *tensors)
+        _launch(kernels.dequantize_kernel, scale.numel(), target.dtype, tile, g, *tensors)
 
 
-def fake_quantize(w: Tensor, g: Tensor, out: Tensor, blocks: int = BLOCKS) -> None:
+def fake_quantize(w: Tensor, g: Tensor, out: Tensor, tile: Tile = FAKE_QUANTIZE) -> None:
     """Write the quantized and dequantized ``w`` into ``out``, of the same shape and dtype."""
     w, g = _readable(w), g.contiguous()
     with _written(out) as target:
-        _launch(kernels.fake_quantize_kernel, w.numel() // BLOCK, w.dtype, blocks, g, _words(w), g, _words(target))
+        tensors = _words(w), g, _words(target)
+        _launch(kernels.fake_quantize_kernel, w.numel() // BLOCK, w.dtype, tile, g, *tensors, STEPS=tile.steps)
 
 
-def _launch(kernel: Any, total: int, dtype: torch.dtype, blocks: int, g: Tensor, *tensors: Tensor) -> None:
+def _launch(kernel: Any, total: int, dtype: torch.dtype, tile: Tile, g: Tensor, *tensors: Tensor, **sizes: int) -> None:
     """Run ``kernel`` over ``total`` blocks of ``tensors``; each element of ``g`` has an equal part of them."""
     if total == 0:
         return
     size = total // g.numel()
     with on_device(g):
         for items, part in _parts(g.numel(), *tensors):
-            grid = (triton.cdiv(size, blocks), items)
-            kernel[grid](*part, size, DTYPE=DTYPES[dtype][1], BLOCKS=blocks, **OPTIONS)
+            grid = (triton.cdiv(size, tile.blocks * tile.steps), items)
+            sizes["BLOCKS"] = tile.blocks
+            kernel[grid](*part, size, DTYPE=DTYPES[dtype][1], num_warps=tile.warps, **sizes, **OPTIONS)
 
 
 def _parts(items: int, *tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -66,8 +66,8 @@ class Tiles(NamedTuple):
 
 
 AMAX = Tiles(blocks=256, steps=8, share=2)
-PACK = Tiles(blocks=256, steps=1, share=16)
-UNPACK = Tiles(blocks=256, steps=1, share=16)
+PACK = Tiles(blocks=256, steps=4, share=4)
+UNPACK = Tiles(blocks=128, steps=1, share=32, warps=2)
 
 
 class _Table:
@@ -131,7 +131,7 @@ class _Tensors:
         from . import launch
 
         together = [i for i in self._alone if self._in_place(i)]
-        self._alone = [i for i in self._alone if i not in set(together)]
+        self._alone = sorted(set(self._alone) - set(together))
         for dtype, (_, name) in launch.DTYPES.items():
             runs = [self._runs(i) for i in together if self._tensors[i].dtype == dtype]
             if runs:

@@ -60,7 +60,8 @@ def _codes(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     x = w.to(torch.bfloat16).float().unflatten(-1, (-1, BLOCK))
     scaled = x * (1 / _like_blocks(g, w))
     block_amax = scaled.abs().amax(-1, keepdim=True)
-    scale = (block_amax / E2M1_MAX).clamp(E4M3_MIN_NORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
+    six = torch.full_like(block_amax, E2M1_MAX)  # CUDA multiplies by the inverse of a Python number
+    scale = (block_amax / six).clamp(E4M3_MIN_NORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     a = (scaled * (1 / scale.float())).abs().clamp(max=E2M1_MAX)
     # The grid is three uniform runs: steps of 1/2 to 2, of 1 to 4, of 2 to 6. round() is half-to-even and the codes
     # count along the runs, so an even multiple is an even code.

@@ -53,10 +53,9 @@ Packed tensors are plain attributes and not buffers: DDP would broadcast buffers
 
 import itertools
 import secrets
-import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,112 +64,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops, window
 from .adapters import guard
-from .batch import Family
 from .errors import MismatchError, UserError
-from .format import BLOCK
+from .fusion import FusionGroup, packing
 from .parameter import QATParameter, adopt, after_optimizer_step, check_adoptable
-
-_packing = threading.RLock()
-"""One thread packs at a time; the others wait for it instead of packing the same weights again."""
-
-
-class FusionGroup:
-    """Weights that share a global scale, because the inference engine fuses them into one GEMM operand.
-
-    Args:
-        name: canonical name, for messages.
-        policy: of the global scale.
-        family: the groups it is packed together with; None: it alone.
-    """
-
-    def __init__(self, name: str, policy: str, family: Family | None = None) -> None:
-        self.name, self.policy = name, policy
-        self.family = family if family is not None else Family()
-        self.window: window.WindowScale | None = None
-        """There is one as soon as FSDP shards a member; then there are no packed copies."""
-        self._members: list[weakref.ref[PackedWeight]] = []
-        self.family.add(self)
-
-    def members(self) -> list["PackedWeight"]:
-        """The members whose module is still alive, in the order of the plan."""
-        return [m for ref in self._members if (m := ref()) is not None and m.alive()]
-
-    def add(self, member: "PackedWeight") -> None:
-        if all(ref() is not member for ref in self._members):
-            self._members.append(weakref.ref(member))
-        self.family.add(self)
-
-    def stale(self) -> bool:
-        if self.window is not None:
-            return self.window.stale(self)
-        return any(m.signature() != m.seen for m in self.members())
-
-    def ensure_fresh(self) -> None:
-        """Pack again if any member changed since it was last packed, and with it what else changed in the model."""
-        if self.stale():
-            with _packing:
-                if self.stale() and not self.family.pack(self):
-                    self.commit(self.pack(), self.surely_stale())
-
-    def surely_stale(self) -> bool:
-        """Whether a member was written, not only handed out."""
-        return any(m.seen is None or m.signature()[1:] != m.seen[1:] for m in self.members())
-
-    def note(self, certain: bool) -> None:
-        """Record that every member was written, or that it may have been."""
-        for member in self.members():
-            member.note(certain)
-
-    def pack(self) -> list["Packing"]:
-        """Pack every member from its master weight into new tensors; nothing kept here changes."""
-        members = self.members()
-        if not members:
-            raise UserError(f"the modules of the fusion group {self.name} are gone: pass a model that is still alive")
-        with torch.inference_mode(False), torch.no_grad():
-            # Signatures before reading: a write from now on makes it stale again.
-            signatures = [m.signature() if self.window is None else () for m in members]
-            masters = [m.full().detach() for m in members]
-            amaxes = [ops.amax(w, m.batch_dims) for w, m in zip(masters, members, strict=True)]
-            for member, amax in zip(members, amaxes, strict=True):
-                ops.check_amax(amax, member.name)
-            g = ops.global_scale(torch.stack(amaxes).amax(0), self.policy, self.name)
-            packed = []
-            for member, w, signature in zip(members, masters, signatures, strict=True):
-                codes = torch.empty((*w.shape[:-1], w.shape[-1] // 2), dtype=torch.uint8, device=w.device)
-                scale = torch.empty((*w.shape[:-1], w.shape[-1] // BLOCK), dtype=torch.uint8, device=w.device)
-                ops.quantize_into(w, g, codes, scale)
-                value = ops.PackedNVFP4(codes, scale.view(torch.float8_e4m3fn), g)
-                packed.append(Packing(member, value, signature))
-            return packed
-
-    def copies(self) -> list["Packing"] | None:
-        """The packed copies that training reads, brought up to date and cloned; None unless there are some."""
-        members = self.members()
-        if self.window is not None or not all(m.has_room_for(m.master()) for m in members):
-            return None
-        with _packing, torch.inference_mode(False), torch.no_grad():
-            self.ensure_fresh()
-            return [Packing(m, m.clone(), m.seen or ()) for m in members]
-
-    def commit(self, packed: list["Packing"], certain: bool) -> None:
-        """Make a result of `pack` what training reads; ``certain=False``: the weights may well be unchanged."""
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training as well
-            for member, new, signature in packed:
-                if certain or not member.holds(new):
-                    member.store(new)
-                member.seen = signature
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Members add themselves when they are bound.
-        return {"name": self.name, "policy": self.policy, "family": self.family, "window": None, "_members": []}
-
-
-class Packing(NamedTuple):
-    """A member packed anew: its value, and its signature from before it was read."""
-
-    member: "PackedWeight"
-    value: ops.PackedNVFP4
-    signature: tuple[Any, ...]
 
 
 class PackedWeight:
@@ -236,15 +132,20 @@ class PackedWeight:
         Raises:
             UserError: it is neither a plain parameter nor what FSDP puts there.
         """
-        if window.put_there_by_fsdp(value) and self.group.window is None:
+        by_fsdp = window.put_there_by_fsdp(value)
+        if by_fsdp and self.group.window is None:
             self.group.window = window.WindowScale()
         if self.group.window is None:
             if isinstance(value, nn.Parameter):
                 check_adoptable(value, self.name)
+                self.group.family.forget()
             return
         if self.shard is None:
             self.shard = window.Shard()
             self.value = self.seen = None
+            self.group.family.forget()
+            if by_fsdp and value is not None:
+                self.shape = value.shape
         self.shard.assigned(module, value)
 
     def note(self, certain: bool) -> None:
@@ -289,8 +190,7 @@ class PackedWeight:
         if self.shard is None:
             maybe, *certain = self.signature()
             return (maybe,), tuple(certain)
-        shown = self.shown()
-        return self.shard.signature(shown is None or shown.requires_grad)
+        return self.shard.signature()
 
     def holds(self, new: ops.PackedNVFP4) -> bool:
         """Whether the kept copy equals ``new``, byte for byte."""
@@ -340,13 +240,13 @@ class PackedWeight:
             MismatchError: ``master`` is another tensor than the module's parameter.
         """
         group, shown = self.group, self.shown()
-        if group.window is None and window.put_there_by_fsdp(shown):  # without __setattr__
+        if group.window is None and type(shown) is not QATParameter:
             module = self._owner() if self._owner else None
-            assert module is not None
-            self.assigned(module, shown)
-        if group.window is None:
-            shown = self.master()
-        else:
+            if module is not None and window.put_there_by_fsdp(shown):  # without __setattr__
+                self.assigned(module, shown)
+            else:
+                shown = self.master()
+        if group.window is not None:
             window.check_unsharded(shown, self)
         if shown is None or master.data_ptr() != shown.data_ptr():
             raise MismatchError(
@@ -362,7 +262,7 @@ class PackedWeight:
             group.ensure_fresh()
             return self.kept(dtype)
         if group.window.stale(group):
-            with _packing:
+            with packing:
                 if group.window.stale(group):
                     group.window.renew(self)
         return window.fake_quantized(master, self, dtype)
@@ -414,6 +314,8 @@ class PackedWeight:
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.value is not None
+        if self.value.packed.is_cuda:
+            self.group.family.order(self.value.packed.device).reads()
         return self.value.tensors()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -43,7 +43,8 @@ from .multi import Amaxes
 from .parameter import is_dtensor, last_step, stepped, tick
 
 if TYPE_CHECKING:
-    from .state import FusionGroup, PackedWeight
+    from .fusion import FusionGroup
+    from .state import PackedWeight
 
 
 def flat_parameter_of(tensor: Tensor | None) -> Tensor | None:
@@ -91,13 +92,14 @@ class Shard:
             self._owned = parameter
             self.note(certain=True)
 
-    def signature(self, trainable: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def signature(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Equal as long as nothing is known to have changed: what only may mean a write, and what does."""
-        step = last_step() if trainable else 0
-        if self._owned is None:
-            return (step, self._maybe_written), (self._written, step, -1)
-        version = -1 if self._owned.is_inference() else self._owned._version
-        return (step, self._maybe_written), (self._written, stepped(self._owned), version)
+        owned = self._owned
+        if owned is None:
+            return (last_step(), self._maybe_written), (self._written, last_step(), -1)
+        step = last_step() if owned.requires_grad else 0
+        version = -1 if owned.is_inference() else owned._version
+        return (step, self._maybe_written), (self._written, stepped(owned), version)
 
 
 class WindowScale:
@@ -122,7 +124,7 @@ class WindowScale:
         assert shown is not None
         groups, tensors = [group], [_visible_members(wanted, shown)]
         for other in _following(group):
-            if other.window is None:
+            if other.window is None or not other.members():
                 continue
             weights = _visible(other, shown)
             if weights is None:
@@ -140,6 +142,7 @@ class WindowScale:
             if not fine[0]:
                 for member, w in zip(group.members(), tensors[0], strict=True):
                     ops.check_amax(ops.amax(w, member.batch_dims), member.name)
+                raise AssertionError(f"the amax of {group.name} is out of range and that of no member is")
             for i, g in enumerate(groups):
                 if fine[i] and g.window is not None:  # who reads one that is not fine will be told
                     g.window._keep(g, scales[i], on_host[i], signatures[i])

@@ -355,6 +355,24 @@ def writes_to_the_rows_of_one_rank(env: Env) -> None:
         pair.compare_forward()
 
 
+@case(2, row={"rank-0": {"row": 0}, "rank-1": {"row": -1}})
+def a_checkpoint_that_differs_on_one_rank(env: Env, row: int) -> None:
+    """dcp.load writes on every rank, but changes what one holds: all ranks must come to the same conclusion."""
+    pair = Pair(env, reshard_after_forward=True)
+    pair.step()
+    pair.compare_forward()
+    with torch.no_grad():
+        dict(pair.twin.model.named_parameters())[NAME][row] *= 50.0
+    whole = {name: p.detach().clone() for name, p in pair.twin.model.named_parameters()}
+    if env.rank == 0:
+        dcp.save(whole, checkpoint_id=env.path / "other", no_dist=True)
+    env.barrier()
+    dcp.load(pair.model.state_dict(), checkpoint_id=env.path / "other")
+    pair.compare_masters()
+    pair.compare_forward("output after the load")
+    pair.step()
+
+
 # --- faults ---
 
 

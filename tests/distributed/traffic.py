@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from distributed.common import (
     MIXED,
     Collectives,
     Pair,
+    allocated,
     expected_gather,
     layers,
     linears,
@@ -26,6 +25,7 @@ from distributed.common import (
     nothing,
     packing,
     padded_numel,
+    settled,
 )
 from distributed.features import Checkpointed, seeded
 from distributed.models import decoder, uneven
@@ -168,7 +168,7 @@ def nothing_unsharded_stays(env: Env, policy: MixedPrecisionPolicy) -> None:
     limit = packed + largest // 8 + (512 * 200 if env.device == "cuda" else 0)  # the allocator's rounding
     with torch.no_grad():
         pair.model(x)
-    after_forward = live_bytes(env.device) - start
+    after_forward = settled(lambda: live_bytes(env.device) - start, limit)
     assert packed <= after_forward <= limit, f"{after_forward} bytes after forward, packed shards are {packed}"
     grown = []
     for _ in range(3):
@@ -176,7 +176,7 @@ def nothing_unsharded_stays(env: Env, policy: MixedPrecisionPolicy) -> None:
         loss_of(out).backward()
         del out
         pair.optimizer.zero_grad()
-        grown.append(live_bytes(env.device) - start)
+        grown.append(settled(lambda: live_bytes(env.device) - start, limit))
     assert max(grown) <= limit, f"{grown} bytes after backward, packed shards are {packed}"
     assert grown[0] == grown[-1], f"grows: {grown}"
 
@@ -185,11 +185,12 @@ def nothing_unsharded_stays(env: Env, policy: MixedPrecisionPolicy) -> None:
 def steps_allocate_no_more_than_they_free(env: Env) -> None:
     """By the allocator's own account, which sees what Python does not: in steady state nothing is kept.
 
-    Memory that a thread of the backend frees is not on the account, with or without this package: hence the best of
-    several runs. What stays allocated every time would be in each of them.
+    On a CPU that account holds Python's own objects too, and grows by 5 to 30 KB a step while a process settles
+    (measured, with this package and without). The smallest 4-bit weight here has 128 KB when it is unsharded.
     """
-    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    pair = Pair(env, make=functools.partial(decoder, width=512, hidden=1024), policy=MIXED, reshard_after_forward=True)
     x = pair.inputs()[env.rank]
+    pair.forget_twin()
 
     def forward() -> None:
         with torch.no_grad():
@@ -202,25 +203,12 @@ def steps_allocate_no_more_than_they_free(env: Env) -> None:
     for call in (forward, step):
         call()
         call()
-        kept = [_allocated(call, env.device) for _ in range(5)]
-        assert min(kept) == 0, f"{kept} bytes stay allocated by {call.__name__}"
-
-
-def _allocated(call: Callable[[], None], device: str) -> int:
-    """Bytes that a call allocates and does not free."""
-    if device == "cuda":
-        before = live_bytes(device)
-        call()
-        return live_bytes(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-        gc.collect()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    assert changes, "the profiler recorded no allocations"
-    return sum(changes)
+        limit = 5 * (1 << 16) if env.device == "cpu" else 0
+        before = settled(lambda: allocated(env.device), 0)
+        for _ in range(5):
+            call()
+        grown = settled(lambda: allocated(env.device) - before, limit)  # noqa: B023
+        assert grown <= limit, f"five calls of {call.__name__} keep {grown} bytes"
 
 
 @case(2)
@@ -236,9 +224,9 @@ def gathered_bytes_are_freed(env: Env) -> None:
         unit.reshard()
     start = live_bytes(env.device)
     model.layers[0].unshard()
-    kept = live_bytes(env.device) - start
     weights = 2 * sum(p.numel() for p in model.layers[0].parameters())
+    kept = settled(lambda: live_bytes(env.device) - start, int(weights * 1.05))
     assert weights <= kept <= weights * 1.05, f"{kept} bytes for weights of {weights}"
     model.layers[0].reshard()
-    assert live_bytes(env.device) - start <= weights // 50
+    assert settled(lambda: live_bytes(env.device) - start, weights // 50) <= weights // 50
     assert nq.qat_plan(model) is pair.plan
