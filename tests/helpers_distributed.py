@@ -4,7 +4,7 @@ Starting processes costs seconds and a case a fraction of one, so all cases of a
 processes share one `torchrun`. A case is a function decorated with `case`; it runs on every rank at once and fails if
 it raises on any. In a test file::
 
-    from distributed import training            # a module full of cases
+    from distributed import training             # a module full of cases
     from helpers_distributed import cases, group
 
     two = group(training, world=2)               # a fixture that starts the processes when the first test asks for them
@@ -12,6 +12,8 @@ it raises on any. In a test file::
     @pytest.mark.parametrize("name", cases(training, world=2))
     def test_two_processes(two, name):
         two.check(name)
+
+Several modules may share a group of processes.
 
 How failures stay apart. After each case the ranks tell each other, through files, whether it went well. If it did not,
 collectives may be half done, so all processes end and the remaining cases run in a new group. If a rank does not
@@ -129,6 +131,7 @@ def again(
     world: int,
     under: ModuleType,
     wrap: Callable[[Callable[..., None]], Callable[..., None]],
+    suffix: str,
     chosen: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Register cases of a module a second time, under another module.
@@ -138,26 +141,36 @@ def again(
         world: those for this number of processes.
         under: the module to register them with.
         wrap: what to run instead of each case's function, given that function.
+        suffix: what to add to their names.
         chosen: which of them, by name.
     """
     known = _registry.setdefault((under.__name__, world), {})
     for name, entry in _registry[module.__name__, world].items():
         if chosen(name):
-            assert name not in known, f"two cases are called {name}"
-            known[name] = Case(name, wrap(entry.run), entry.arguments)
+            assert name + suffix not in known, f"two cases are called {name + suffix}"
+            known[name + suffix] = Case(name + suffix, wrap(entry.run), entry.arguments)
 
 
-def cases(module: ModuleType, world: int) -> list[str]:
-    """The names of a module's cases for a number of processes, in the order of the file."""
-    return list(_registry.get((module.__name__, world), {}))
+def cases(*modules: ModuleType, world: int) -> list[str]:
+    """The names of modules' cases for a number of processes, in the order of the files."""
+    return list(_find([module.__name__ for module in modules], world))
 
 
-def group(module: ModuleType, world: int, device: str = "cpu", limit: float = LIMIT) -> Any:
+def _find(modules: Iterable[str], world: int) -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for module in modules:
+        for name, entry in _registry.get((module, world), {}).items():
+            assert name not in found, f"two cases are called {name}"
+            found[name] = entry
+    return found
+
+
+def group(*modules: ModuleType, world: int, device: str = "cpu", limit: float = LIMIT) -> Any:
     """A module-scoped fixture that runs the cases that were selected for its test file; see `Group.check`."""
 
     @pytest.fixture(scope="module")
     def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-        known = cases(module, world)
+        known = cases(*modules, world=world)
         chosen = {
             item.callspec.params.get("name")
             for item in request.session.items
@@ -167,8 +180,8 @@ def group(module: ModuleType, world: int, device: str = "cpu", limit: float = LI
             and request.fixturename in item.fixturenames
         }
         names = [name for name in known if name in chosen]
-        directory = tmp_path_factory.mktemp(f"{module.__name__.rpartition('.')[2]}-{world}")
-        with Group(module.__name__, world, device, names, directory, limit) as started:
+        directory = tmp_path_factory.mktemp(f"{modules[0].__name__.rpartition('.')[2]}-{world}")
+        with Group([module.__name__ for module in modules], world, device, names, directory, limit) as started:
             yield started
 
     return running
@@ -178,7 +191,7 @@ def group(module: ModuleType, world: int, device: str = "cpu", limit: float = LI
 class Group:
     """The processes that run a list of cases, and what is known of the results so far."""
 
-    module: str
+    modules: list[str]
     world: int
     device: str
     names: list[str]
@@ -240,7 +253,7 @@ class Group:
         environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic GEMMs
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world}"]
-        command += [__file__, self.module, self.device, str(here), str(self.limit), *names]
+        command += [__file__, ",".join(self.modules), self.device, str(here), str(self.limit), *names]
         with open(here / "output", "wb") as output:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -298,7 +311,7 @@ def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def _work(module: str, device: str, directory: Path, limit: float, names: Iterable[str]) -> int:
+def _work(modules: list[str], device: str, directory: Path, limit: float, names: Iterable[str]) -> int:
     """One rank: run the cases and write down how each went."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (directory / f"{rank}.pid").write_text(str(os.getpid()))
@@ -312,14 +325,16 @@ def _work(module: str, device: str, directory: Path, limit: float, names: Iterab
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    importlib.import_module(module)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    for module in modules:
+        importlib.import_module(module)
+    known = _find(modules, world)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=2 * limit))
     votes = dist.FileStore(str(directory / "votes"), world)
     log = open(directory / f"{rank}.jsonl", "a", buffering=1)  # noqa: SIM115
     for index, name in enumerate(names):
-        entry = _registry[module, world][name]
+        entry = known[name]
         print(json.dumps({"name": name, "outcome": "started"}), file=log)
         env = Env(rank, world, device, directory / f"case{index}")
         env.path.mkdir(exist_ok=True)
@@ -359,13 +374,15 @@ if __name__ == "__main__":
     import helpers_distributed
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("module")
+    parser.add_argument("modules")
     parser.add_argument("device")
     parser.add_argument("directory", type=Path)
     parser.add_argument("limit", type=float)
     parser.add_argument("names", nargs="*")
     given = parser.parse_args()
-    status = helpers_distributed._work(given.module, given.device, given.directory, given.limit, given.names)
+    status = helpers_distributed._work(
+        given.modules.split(","), given.device, given.directory, given.limit, given.names
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads of a broken group would keep the process alive

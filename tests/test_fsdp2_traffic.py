@@ -1,4 +1,4 @@
-"""Gather mode under FSDP2 on a CPU: see tests/distributed/traffic.py."""
+"""Gather mode under FSDP2 on a CPU: the cases of tests/distributed/traffic.py."""
 
 import pytest
 from distributed import traffic

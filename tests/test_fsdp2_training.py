@@ -1,10 +1,11 @@
-"""Gather mode under FSDP2 on a CPU: see tests/distributed/training.py."""
+"""Gather mode under FSDP2 on a CPU: the cases of tests/distributed/training.py."""
 
 import pytest
 from distributed import training
 from helpers_distributed import cases, group
 
-one, two = group(training, world=1), group(training, world=2)
+one = group(training, world=1)
+two = group(training, world=2)
 
 
 @pytest.mark.parametrize("name", cases(training, world=1))

@@ -2,71 +2,59 @@
 
 import pytest
 import torch
-from distributed import checkpoints, experts, features, gpu, hsdp, own_gather, safety, sync, traffic, training
+from distributed import checkpoints, experts, features, gpu, hsdp, misuse, own_gather, sync, traffic, training, writes
 from helpers_distributed import cases, group
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
 four_gpus = pytest.mark.skipif(GPUS < 4, reason="needs four CUDA devices")
 
-streams = group(gpu, world=2, device="cuda")
-train = group(training, world=2, device="cuda")
-other = group(features, world=2, device="cuda")
-moe = group(experts, world=2, device="cuda")
-bytes_sent = group(traffic, world=2, device="cuda")
-states = group(checkpoints, world=2, device="cuda")
-faults = group(safety, world=2, device="cuda")
-packed = group(sync, world=2, device="cuda")
-own = group(own_gather, world=2, device="cuda")
-replicas = group(hsdp, world=4, device="cuda")
+two_gpu = group(gpu, world=2, device="cuda")
+training_of_two = group(training, world=2, device="cuda")
+features_of_two = group(features, experts, world=2, device="cuda")
+traffic_of_two = group(traffic, world=2, device="cuda")
+states_of_two = group(checkpoints, sync, world=2, device="cuda")
+safety_of_two = group(misuse, writes, world=2, device="cuda")
+own_gather_of_two = group(own_gather, world=2, device="cuda")
+hsdp_of_four = group(hsdp, own_gather, traffic, world=4, device="cuda")
 
 
-@pytest.mark.parametrize("name", cases(gpu, 2))
-def test_gpu(streams, name):
-    streams.check(name)
+@pytest.mark.parametrize("name", cases(gpu, world=2))
+def test_gpu(two_gpu, name):
+    two_gpu.check(name)
 
 
-@pytest.mark.parametrize("name", cases(training, 2))
-def test_training(train, name):
-    train.check(name)
+@pytest.mark.parametrize("name", cases(training, world=2))
+def test_training(training_of_two, name):
+    training_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(features, 2))
-def test_features(other, name):
-    other.check(name)
+@pytest.mark.parametrize("name", cases(features, experts, world=2))
+def test_features(features_of_two, name):
+    features_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(experts, 2))
-def test_experts(moe, name):
-    moe.check(name)
+@pytest.mark.parametrize("name", cases(traffic, world=2))
+def test_traffic(traffic_of_two, name):
+    traffic_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(traffic, 2))
-def test_traffic(bytes_sent, name):
-    bytes_sent.check(name)
+@pytest.mark.parametrize("name", cases(checkpoints, sync, world=2))
+def test_states(states_of_two, name):
+    states_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(checkpoints, 2))
-def test_checkpoints(states, name):
-    states.check(name)
+@pytest.mark.parametrize("name", cases(misuse, writes, world=2))
+def test_safety(safety_of_two, name):
+    safety_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(safety, 2))
-def test_safety(faults, name):
-    faults.check(name)
-
-
-@pytest.mark.parametrize("name", cases(sync, 2))
-def test_sync(packed, name):
-    packed.check(name)
-
-
-@pytest.mark.parametrize("name", cases(own_gather, 2))
-def test_own_gather(own, name):
-    own.check(name)
+@pytest.mark.parametrize("name", cases(own_gather, world=2))
+def test_own_gather(own_gather_of_two, name):
+    own_gather_of_two.check(name)
 
 
 @four_gpus
-@pytest.mark.parametrize("name", cases(hsdp, 4))
-def test_replicas(replicas, name):
-    replicas.check(name)
+@pytest.mark.parametrize("name", cases(hsdp, own_gather, traffic, world=4))
+def test_replicas(hsdp_of_four, name):
+    hsdp_of_four.check(name)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .fsdp import ShardedMaster
-from .gather import Gather, GatherWeight, plain_tensor
+from .fsdp import ShardedMaster, plain_tensor
+from .gather import Gather, GatherWeight
 from .naming import canonical_name
 from .plan import QuantPlan
 
@@ -58,8 +58,10 @@ def _register_hooks(module: nn.Module, weight: GatherWeight) -> None:
     def plain(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # else keep_vars: the parameter itself
-            state[prefix + name] = plain_tensor(value)
-            weight.gather.note_handed_out()
+            current = module._parameters[name]
+            # Of the parameter itself: what was made of it for the state dict has a version counter of its own.
+            state[prefix + name] = given = plain_tensor(current if current is not None else value)
+            weight.gather.hand_out(weight, given)
 
     def loaded(module: nn.Module, incompatible: Any) -> None:
         current: Any = module._parameters[name]
@@ -76,21 +78,18 @@ def _register_hooks(module: nn.Module, weight: GatherWeight) -> None:
 
 def _before_forward(module: nn.Module, args: Any) -> None:
     gather = module.__dict__.get("_nvfp4_gather")
-    if isinstance(gather, Gather) and gather.stale and not torch.compiler.is_compiling():
+    if isinstance(gather, Gather) and not torch.compiler.is_compiling():
         gather.check_sharded()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    gathers = set()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            shard = getattr(parameter, "_local_tensor", None)
             if not parameter.requires_grad:  # the base of LoRA, given to the optimizer with all the rest
                 continue
-            if isinstance(shard, ShardedMaster) and isinstance(shard.weight, GatherWeight):
-                gathers.add(shard.weight.gather)
-    for gather in gathers:
-        gather.note()
+            shard = getattr(parameter, "_local_tensor", None)
+            if isinstance(shard, ShardedMaster):
+                shard.weight.note()
 
 
 _hooks: list[Any] = []

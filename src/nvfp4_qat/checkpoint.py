@@ -21,7 +21,7 @@ from .checkpoint_names import transformers_model
 from .core import qat_plan
 from .errors import UserError
 from .inventory import take_inventory
-from .model_tensors import has_dtensors, model_tensors
+from .model_tensors import is_fully_sharded, model_tensors
 from .ops import PackedNVFP4
 from .plan import QuantPlan
 from .quantizer import packed_names, packed_weights
@@ -64,7 +64,7 @@ def save_checkpoint(
     def write(weights: Iterator[tuple[str, Tensor]]) -> None:
         _write(Path(path), bare, plan, specs, weights, tokenizer, shard_bytes)
 
-    if has_dtensors(model):
+    if is_fully_sharded(model):
         from .sharded_stream import on_rank_zero  # needs torch.distributed
 
         on_rank_zero(packed_weights(model, ranks=0), write)

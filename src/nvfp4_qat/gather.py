@@ -11,12 +11,12 @@ The unsharded parameter *is* the dequantized weight, so its gradient is the stra
 computes with it. How the bytes of a unit travel is in `gather_unit`.
 
 When a weight counts as changed: after a `torch.optim` step that owns it, after ``load_state_dict``, after any operation
-that writes into it (`ShardedMaster` sees those), after `refresh`. Then the next gather packs all weights, which is
-collective: every rank must see the same changes, as it does in any FSDP program. A state dict that was handed out may
-have been written into (``dcp.load`` does that), and a shard may be another tensor than before (FSDP2 pads anew, on the
-ranks with padding only); whether that changed anything is looked up in this rank's bytes, so that it remains harmless
-if it happens on one rank alone. Writes through memory that PyTorch does not see (``p.data``'s
-storage, a foreign kernel) need `nvfp4_qat.refresh`; the next sync or export notices them.
+that writes into it (`ShardedMaster` sees those), after a write into the tensors of a state dict (``dcp.load``; their
+version counters tell), after `refresh`. The next gather of its unit then packs all units with changes, which is
+collective among the ranks that the weights are divided over: each must see the same changes, as it does in any FSDP
+program. What happens on some ranks only, because FSDP2 pads shards there, is not taken for a change. Writes through
+memory that PyTorch does not see (a foreign kernel, a collective on the local tensor) need `nvfp4_qat.refresh`; the next
+sync or export notices them.
 
 Streams. A gather may run on another stream than the one that packed or the one that wrote the weights. Packing waits
 for the writers and for all readers of the bytes that it replaces; a gather waits for the packing.
@@ -27,7 +27,7 @@ has no such path for extensions), compiled autograd.
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .errors import MismatchError, UserError
-from .fsdp import ShardedMaster
+from .fsdp import Memory, ShardedMaster
 from .gather_unit import GatherUnit
 from .naming import canonical_name
 from .plan import QuantizedTensor, QuantPlan
@@ -51,9 +51,11 @@ class GatherWeight:
         self.unit: GatherUnit | None = None
         self.index = -1
         """Its place in the unit."""
+        self.affected: list[GatherUnit] = []
+        """Its unit, and those with a weight that shares its global scale."""
         self.fsdp_param: Any = None
-        self.packed_from: Tensor | None = None
-        """The local shard that the packed bytes were made from."""
+        self.memory: Memory | None = None
+        """Where the master is, as far as is known."""
 
     @property
     def gather(self) -> "Gather":
@@ -62,24 +64,21 @@ class GatherWeight:
             raise UserError(f"the model that {self.name} belongs to is gone")
         return gather
 
-    @property
-    def model(self) -> object:
-        return self._gather()
-
     def sharded(self) -> bool:
         return self.unit is not None
 
     def note(self) -> None:
-        """Record that the master was written."""
+        """Record that the master was written, on the current stream."""
+        for unit in self.affected:
+            unit.stale = True
         gather = self._gather()
         if gather is not None:
-            gather.note()
+            gather.streams.wrote()
 
     def before_gather(self, shard: ShardedMaster) -> tuple[Tensor, ...]:
         """What FSDP2 gathers for this weight: the unit's packed bytes, or nothing if another weight brings them."""
-        if self.index != 0 and shard._inner is self.packed_from and self.unit is not None:
-            return self.unit.contribution(self.index)  # the unit's first weight has seen to the rest
-        self.gather.ensure_fresh(self, shard)
+        if self.index <= 0 or shard.memory is not self.memory:
+            self.gather.ensure_fresh(self, shard)
         assert self.unit is not None
         return self.unit.contribution(self.index)
 
@@ -94,19 +93,45 @@ class GatherWeight:
         if self.unit.collect(self.index, gathered, w):
             gather = self.gather
             gather.streams.reads()
-            self.unit.fill(gather.packer.g, gather.epoch)
+            self.unit.fill(gather.packer.g)
         return (w, (w,)) if out is None else None
 
-    def local(self) -> Tensor:
-        """This rank's rows of the master, on whatever device it is."""
+    def shard(self) -> ShardedMaster:
+        """This rank's rows of the master."""
         shard = self.fsdp_param.sharded_param._local_tensor
         if not isinstance(shard, ShardedMaster):
             raise MismatchError(
                 f"the shard of {self.name} was replaced by an unquantized tensor: load weights with load_state_dict or "
                 "torch.distributed.checkpoint, which keep it"
             )
-        self.packed_from = shard.adopt()
-        return self.packed_from
+        return shard
+
+    def master(self) -> Tensor:
+        """The data of `shard`, which is the master from now on: writes into its memory count."""
+        shard = self.shard()
+        self.adopt(shard)
+        return shard.plain
+
+    def adopt(self, shard: ShardedMaster) -> None:
+        """Take a shard in other memory than before for the master."""
+        self.memory = shard.memory
+        self.memory.adopted, self.memory.written = True, False
+
+
+class _HandedOut(NamedTuple):
+    """A tensor of a state dict: it may be written into, which only its version counters tell."""
+
+    weight: GatherWeight
+    probe: Tensor
+    """Shares the version counter of the DTensor that was handed out, and not its memory."""
+    probe_version: int
+    memory: Memory
+    plain_version: int
+
+    def written(self) -> bool:
+        shard = self.weight.shard()
+        inside = shard.memory is self.memory and shard.plain._version != self.plain_version
+        return inside or self.probe._version != self.probe_version
 
 
 class Gather:
@@ -121,12 +146,9 @@ class Gather:
         self._model, self.plan = weakref.ref(model), plan
         self.weights = {entry.name: GatherWeight(entry, self) for entry in plan.quantized}
         self.units: list[GatherUnit] = []
-        self.epoch = 0
-        """Counts packings."""
         self.streams = StreamOrder()
         self._packer: ShardPacker | None = None
-        self._stale = True
-        self._maybe_stale = False
+        self._handed_out: list[_HandedOut] = []
 
     @property
     def packer(self) -> ShardPacker:
@@ -136,30 +158,34 @@ class Gather:
     @property
     def stale(self) -> bool:
         """Whether a write was seen since the last packing."""
-        return self._stale
+        return not self.units or any(unit.stale for unit in self.units)
 
-    def note(self) -> None:
-        """Record that some master was written, on the current stream."""
-        self._stale = True
-        self.streams.wrote()
+    @property
+    def version(self) -> int:
+        """Changes whenever a unit is packed."""
+        return sum(unit.version for unit in self.units)
 
-    def note_handed_out(self) -> None:
-        """Record that a state dict was handed out, through which masters may be written."""
-        self._maybe_stale = True
+    def hand_out(self, weight: GatherWeight, given: Tensor) -> None:
+        """Remember a tensor of a state dict, an alias of the master, until the next gather."""
+        if weight.unit is None or not isinstance(given, DTensor) or given.is_inference():
+            return
+        probe: Any = given.detach()
+        probe._local_tensor = torch.empty(0)
+        shard = weight.shard()
+        self._handed_out.append(_HandedOut(weight, probe, given._version, shard.memory, shard.plain._version))
 
     def ensure_fresh(self, weight: GatherWeight, shard: ShardedMaster) -> None:
-        """Pack before a gather if any weight changed. Collective then."""
-        first = not self.units
-        if self._stale:
-            self.refresh()
-        elif self._maybe_stale or shard.origin is not weight.packed_from:
-            self._maybe_stale = False
-            if self._differs():
-                self.refresh()
-        assert weight.unit is not None
-        weight.unit.epoch = self.epoch
-        if first:
-            weight.unit.already_gathering()
+        """Pack before a gather if the unit's weights changed. Collective then."""
+        self._find_units()
+        self._look_at_handed_out()
+        if shard.memory is not weight.memory:
+            if shard.memory.written:
+                weight.note()
+            weight.adopt(shard)
+        unit = weight.unit
+        assert unit is not None
+        if unit.stale:
+            self._pack()
         self.streams.reads()
 
     def refresh(self) -> None:
@@ -168,21 +194,41 @@ class Gather:
         Raises:
             UserError: weights that are not sharded or cannot be quantized; the latter on every rank.
         """
-        self._stale = True
+        self._find_units()
+        for unit in self.units:
+            unit.stale = True
+        self._pack()
+
+    def _pack(self) -> None:
+        """Pack what is stale."""
+        stale = [unit for unit in self.units if unit.stale]
         with torch.inference_mode(False), torch.no_grad():
-            self._find_units()
             self.streams.before_packing()
-            self.epoch += 1
-            self.packer.pack()
+            for unit in stale:
+                unit.version += 1  # also if packing fails half-way
+            packed = {id(unit) for unit in self.packer.pack([unit.packed for unit in stale])}
             self.streams.packed()
-        self._stale = self._maybe_stale = False
+        for unit in self.units:
+            if id(unit.packed) in packed and not unit.stale:
+                unit.version += 1
+            unit.stale = False
+        self._handed_out = []
+
+    def _look_at_handed_out(self) -> None:
+        handed_out, self._handed_out = self._handed_out, []
+        for entry in handed_out:
+            if entry.written():
+                entry.weight.note()
 
     def agree(self) -> None:
-        """Pack if any rank has seen a change, or may have. Collective."""
+        """Pack if any rank has seen a change. Collective."""
         self._find_units()
-        flag = torch.tensor([int(self._stale or self._maybe_stale)], dtype=torch.int32, device=self.packer.device)
-        if bool(self.packer.reduced(flag)):
-            self.refresh()
+        self._look_at_handed_out()
+        flags = torch.tensor([int(unit.stale) for unit in self.units], dtype=torch.int32, device=self.packer.device)
+        for unit, flag in zip(self.units, self.packer.reduced(flags).tolist(), strict=True):
+            unit.stale = bool(flag)
+        if self.stale:
+            self._pack()
 
     def unnoticed_changes(self) -> list[str]:
         """The weights whose packed bytes are not those of their masters. Collective; every rank gets the same list."""
@@ -207,8 +253,7 @@ class Gather:
         """Raise `UserError` unless every planned weight is in some FSDP unit, and `MismatchError` if one is lost."""
         self._find_units()
         for weight in self.weights.values():
-            if not isinstance(weight.fsdp_param.sharded_param._local_tensor, ShardedMaster):
-                weight.local()
+            weight.shard()
 
     def check_modules(self, model: nn.Module) -> None:
         """Raise `MismatchError` unless the model still holds the modules whose weights are gathered."""
@@ -246,17 +291,21 @@ class Gather:
             some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
             raise UserError(
                 f"{len(missing)} of {len(self.weights)} weights to be gathered in 4 bits are not sharded by "
-                f"fully_shard ({some}): call fully_shard on their modules or on the model before its first forward, or "
-                "leave gather out of apply_qat"
+                f"fully_shard ({some}): call fully_shard on their modules, or on the model that was given to "
+                "apply_qat, before the first forward (not only on a module around it), or leave gather out of apply_qat"
             )
         with torch.inference_mode(False):
             self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
         self.streams.on(self._packer.device)
         for group, found, packed in units:
-            unit = GatherUnit(packed, group)
+            unit = GatherUnit(packed, group, found[0][0])
             for index, (_, weight) in enumerate(found):
                 weight.unit, weight.index = unit, index
             self.units.append(unit)
+        for members in self.plan.groups().values():
+            together = {id(u): u for member in members if (u := self.weights[member.name].unit) is not None}
+            for member in members:
+                self.weights[member.name].affected = list(together.values())
 
     def _weight_of(self, fsdp_param: Any) -> GatherWeight | None:
         shard = fsdp_param.sharded_param._local_tensor
@@ -271,16 +320,7 @@ class Gather:
         world = getattr(info, "shard_mesh_size", 1)
         rank = getattr(info, "shard_mesh_rank", 0)
         mesh = fsdp_param.sharded_param.device_mesh
-        return Shard(entry.name, entry.shape, entry.batch_dims, entry.group, mesh, world, rank, weight.local)
-
-    def _differs(self) -> bool:
-        """Whether this rank's masters would be packed to other bytes than those kept."""
-        with torch.inference_mode(False), torch.no_grad():
-            self.streams.before_packing()
-            packer = self.packer
-            changed = any(not torch.equal(packer.repacked(u.packed, packer.g), u.packed.buffer) for u in self.units)
-            self.streams.packed()
-            return changed
+        return Shard(entry.name, entry.shape, entry.batch_dims, entry.group, mesh, world, rank, weight.master)
 
 
 def _param_groups(model: nn.Module) -> Iterator[Any]:
@@ -319,15 +359,3 @@ def gather_of(model: nn.Module) -> Gather | None:
         if isinstance(found, Gather):
             return found
     return None
-
-
-def plain_tensor(t: Tensor) -> Tensor:
-    """The same data without the wrapper: a plain tensor, or a DTensor of one."""
-    if isinstance(t, ShardedMaster):
-        return t.origin.detach()
-    if isinstance(t, DTensor) and isinstance(t._local_tensor, ShardedMaster):
-        local = t._local_tensor.origin.detach()
-        return DTensor.from_local(
-            local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
-        ).detach()
-    return t

@@ -41,34 +41,35 @@ class GatherUnit:
     Args:
         packed: their packed shards.
         group: FSDP2's parameter group.
+        leader: FSDP2's parameter of the first of them.
     """
 
-    def __init__(self, packed: Unit, group: Any) -> None:
-        self.packed, self.epoch = packed, -1
-        """``epoch``: the packing that was gathered last."""
+    def __init__(self, packed: Unit, group: Any, leader: Any) -> None:
+        self.packed, self.stale, self.version = packed, True, 0
+        """``stale``: whether a master changed since it was packed; ``version`` counts packings."""
+        self._leader, self._gathered_version, self._token_sent = leader, -1, False
         self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device)
         self._outs: list[Tensor] = []
         self._bytes: Tensor | None = None
         self._unpacks: Unpacks | None = None
         self._group = group
         self._comm: PackedAllGather | None = None
-        worth = packed.world > 1 and packed.world * packed.nbytes >= WORTH
-        if worth and type(group._all_gather_comm).__name__ in WRAPPED:
-            self._comm = group._all_gather_comm = PackedAllGather(group._all_gather_comm, packed)
-
-    def already_gathering(self) -> None:
-        """FSDP2 began its first gather before this object existed: let it gather the bytes itself, now and later."""
-        if self._comm is not None:
-            self._group._all_gather_comm = self._comm.inner
-            self._comm = None
 
     def contribution(self, index: int) -> tuple[Tensor, ...]:
-        """What a weight hands to FSDP2's all-gather."""
+        """What a weight hands to FSDP2's all-gather, which has begun."""
         if self.packed.world == 1:  # gathers nothing, but FSDP2 wants one tensor for every parameter
+            self._gathered_version = self.version
             return (self._token,)
         if index > 0:
             return ()
-        return (self._token,) if self._by_comm() else (self.packed.buffer,)
+        self._gathered_version = self.version
+        by_comm = self._by_comm()
+        if by_comm != self._token_sent:  # of another size than FSDP2 has made room for
+            self._leader.all_gather_outputs = []
+            self._token_sent = by_comm
+        if not by_comm:
+            self._wrap_the_next()
+        return (self._token,) if by_comm else (self.packed.buffer,)
 
     def collect(self, index: int, gathered: Sequence[Tensor], out: Tensor) -> bool:
         """Take the parameter to be filled for a weight; True with the last one."""
@@ -78,21 +79,23 @@ class GatherUnit:
             name = self.packed.shards[index].name
             raise MismatchError(f"{name} came out of order: FSDP2 unshards in another way than expected")
         self._outs.append(out)
-        if index == 0 and self.packed.world > 1 and not self._by_comm():
+        if index == 0 and self.packed.world > 1 and not self._token_sent:
             self._bytes = gathered[0]
         return len(self._outs) == len(self.packed.shards)
 
-    def fill(self, g: Tensor, epoch: int) -> None:
+    def fill(self, g: Tensor) -> None:
         """Dequantize the gathered bytes into the collected parameters.
 
         Args:
             g: all global scales.
-            epoch: the packing they belong to.
 
         Raises:
-            MismatchError: the weights were packed again between the gather and this.
+            MismatchError: the weights were packed again between the gather and this; the next forward gathers anew.
         """
-        if self.epoch != epoch:
+        if self._gathered_version != self.version:
+            self._group._all_gather_result = None
+            if self._comm is not None:
+                self._comm.take()
             raise MismatchError(
                 f"{self.packed.shards[0].name} was gathered before the weights changed and unsharded after it: wait "
                 "for the handle of unshard(async_op=True) before the optimizer step"
@@ -100,15 +103,21 @@ class GatherUnit:
         if self._unpacks is None:
             self._unpacks = self.packed.unpacks()
         source = self.packed.buffer if self.packed.world == 1 else self._bytes
-        if self._comm is not None and self._by_comm():
+        if self._token_sent and self._comm is not None:
             source = self._comm.take()
-        if source is None:
-            raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered")
+        if source is None or source.numel() != self.packed.world * self.packed.nbytes:
+            raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered as a whole")
         with torch.no_grad():
             self._unpacks(source, g, self._outs)
         if self._bytes is not None:
             self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
         self._outs, self._bytes = [], None
+
+    def _wrap_the_next(self) -> None:
+        """Have the next gather done by `PackedAllGather`, where that is of use."""
+        worth = self.packed.world * self.packed.nbytes >= WORTH
+        if worth and type(self._group._all_gather_comm).__name__ in WRAPPED:
+            self._comm = self._group._all_gather_comm = PackedAllGather(self._group._all_gather_comm, self.packed)
 
     def _by_comm(self) -> bool:
         return self._comm is not None and self._group._all_gather_comm is self._comm

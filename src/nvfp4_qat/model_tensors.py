@@ -113,9 +113,9 @@ def is_dtensor(tensor: Tensor) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def has_dtensors(model: nn.Module) -> bool:
-    """Whether any parameter is sharded by FSDP2 at the moment."""
-    return any(is_dtensor(parameter) for parameter in model.parameters())
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model or a part of it; it may show full parameters at the moment."""
+    return any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in model.modules())
 
 
 def check_full(name: str, tensor: Tensor, meta: bool = False) -> None:

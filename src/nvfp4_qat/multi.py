@@ -112,7 +112,8 @@ class _Tensors:
         kernels: bool,
     ) -> None:
         self._places = _places(tensors)
-        self._tensors, self._items, self._first = [t.detach() for t in tensors], list(items), list(first)
+        self._tensors: list[Tensor] = [t.detach() for t in tensors]
+        self._items, self._first = list(items), list(first)
         self._results, self._tiles, self._kernels = [list(r) for r in results], tiles, kernels
         assert {len(self._items), len(self._first), *map(len, self._results)} <= {len(self._tensors)}
         self._alone = [i for i, t in enumerate(self._tensors) if t.numel()]
@@ -168,6 +169,16 @@ class _Tensors:
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these have the addresses, shapes and dtypes of the tensors that this was built for."""
         return self._places == _places(tensors)
+
+    def release(self) -> bool:
+        """Let go of the tensors, whose addresses are in the tables; False if some are needed.
+
+        The caller then sees to it that the memory is still there (`fits`) at each call.
+        """
+        if self._alone:
+            return False
+        self._tensors = []
+        return True
 
     def _part(self, i: int) -> slice:
         return slice(self._first[i], self._first[i] + self._items[i])
@@ -234,9 +245,9 @@ class Packs(_Tensors):
     ) -> None:
         super().__init__(tensors, items, first, (packed, scale), tiles, kernels)
 
-    def only(self, indices: Sequence[int]) -> "Packs":
-        """The same for some of the tensors, given by their places in the list."""
-        some = [[values[i] for i in indices] for values in (self._tensors, *self._results)]
+    def only(self, indices: Sequence[int], tensors: Sequence[Tensor] | None = None) -> "Packs":
+        """The same for some of the tensors, given by their places in the list; ``tensors``: all, after `release`."""
+        some = [[values[i] for i in indices] for values in (tensors or self._tensors, *self._results)]
         items, first = [self._items[i] for i in indices], [self._first[i] for i in indices]
         return Packs(some[0], items, first, some[1], some[2], tiles=self._tiles, kernels=self._kernels)
 

@@ -30,7 +30,7 @@ from .config import QATConfig
 from .core import pack_from_masters, qat_plan
 from .entries import SkippedTensor
 from .errors import UserError
-from .model_tensors import ModelTensor, check_finite, check_full, model_tensors
+from .model_tensors import ModelTensor, check_finite, check_full, is_fully_sharded, model_tensors
 from .naming import canonical_name, join
 from .plan import CheckpointSlice, QuantizedTensor, QuantPlan
 
@@ -96,7 +96,7 @@ def packed_weights(
             "through QATQuantizer(config, plan).quantize"
         ) from None
     receives = _receives(ranks)
-    if any(hasattr(module, "reshard") for module in model.modules()):
+    if is_fully_sharded(model):
         from .sharded_stream import reshard  # needs torch.distributed
 
         reshard(model)

@@ -20,8 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from .errors import StaleWeightsError, UserError
-from .gather import Gather, plain_tensor
+from .errors import MismatchError, StaleWeightsError, UserError
+from .fsdp import plain_tensor
+from .gather import Gather
 from .model_tensors import ModelTensor
 from .ops import PackedNVFP4
 from .plan import QuantizedTensor, QuantPlan
@@ -76,7 +77,18 @@ def packed_from_gather(gather: Gather, rank: int | None) -> Iterator[tuple[Quant
             f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
             "load_state_dict."
         )
-    return _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank)
+    return _undisturbed(gather, rank)
+
+
+def _undisturbed(gather: Gather, rank: int | None) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    version = gather.version
+    for found in _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank):
+        yield found
+        if gather.version != version:
+            raise MismatchError(
+                "the weights were packed again while packed_weights was being read: go on training when the stream is "
+                "exhausted, or the receiver gets a mixture of two steps"
+            )
 
 
 def packed_from_shards(
@@ -90,7 +102,7 @@ def packed_from_shards(
             device = _device(master) if isinstance(master, DTensor) else master.device
             units.append(Unit([_shard(entry, master)], device))
     packer = ShardPacker(units, plan.config.global_scale)
-    packer.pack()
+    packer.pack(units)
     return _units(units, packer.g, plan, rank)
 
 

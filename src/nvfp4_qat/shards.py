@@ -113,6 +113,12 @@ class Unit:
         self.buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         self._blocks = blocks
 
+    @property
+    def items(self) -> slice:
+        """Its global scales among all, after the packer has numbered them."""
+        last = self.shards[-1]
+        return slice(self.shards[0].first, last.first + last.items)
+
     def parts(self) -> list[UnpackPart]:
         """Where the weights lie in a rank's chunk, for `Unpacks`; after the packer has numbered the global scales."""
         return [
@@ -180,19 +186,18 @@ class ShardPacker:
             shard.first = len(numbers)
             numbers += [groups.setdefault((shard.group, i), len(groups)) for i in range(shard.items)]
         self.g = torch.ones(len(numbers), dtype=torch.float32, device=self.device)
-        self.packed_before = False
+        self._amax = torch.zeros(len(numbers), dtype=torch.int32, device=self.device)
+        self._packed_before = False
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
-        # Masters that live elsewhere (CPU offload) are copied to the device unit by unit, through one buffer.
-        remote = any(s.master().device != self.device for s in self.shards)
-        stage = _Stage(self.device) if remote else None
-        parts = [[unit] for unit in self.units] if remote else [self.units]
-        self._chunks = [_Chunk(units, stage) for units in parts]
+        self._stage = _Stage(self.device)
+        self._all = _Chunk(self.units, self._stage)
+        self._single: dict[int, _Chunk] = {}
 
     def amax(self) -> Tensor:
         """Largest magnitudes of all weights, over all ranks: int32 bit patterns, one for each global scale."""
-        out = torch.zeros(len(self.g), dtype=torch.int32, device=self.device)
-        for chunk in self._chunks:
+        out = torch.zeros_like(self._amax)
+        for chunk in self._chunks(self.units):
             chunk.amax(out)
         return self._reduced_amax(out)
 
@@ -202,35 +207,53 @@ class ShardPacker:
         group.scatter_reduce_(0, self._group_of, amax, "amax")
         return reference.global_scale(group.view(torch.float32), self.policy)[self._group_of]
 
-    def pack(self) -> None:
-        """Pack all shards into the units' buffers. Collective; waits for the device once.
+    def pack(self, units: Sequence[Unit]) -> list[Unit]:
+        """Pack the shards of some units into their buffers. Collective; waits for the device once.
+
+        Args:
+            units: those whose weights changed, the same on every rank.
+
+        Returns:
+            The units that were packed: the given ones, and those with a weight whose fusion group got another scale.
 
         Raises:
-            UserError: a weight holds NaN, Inf or a magnitude beyond NVFP4, on every rank; buffers hold nothing useful.
+            UserError: a weight holds NaN, Inf or a magnitude beyond NVFP4, on every rank that holds it; the buffers of
+                the given units hold nothing useful then.
         """
-        speculative = self.packed_before and self.policy == "pow2"
-        self.packed_before = False
-        if speculative:
-            amax = torch.zeros(len(self.g), dtype=torch.int32, device=self.device)
-            for chunk in self._chunks:
+        speculative = self._packed_before and self.policy == "pow2"
+        chunks = self._chunks(units)
+        amax = self._amax.clone()
+        for unit in units:
+            amax[unit.items] = 0
+        for chunk in chunks:
+            if speculative:
                 chunk.pack(self.g, amax)
-            amax = self._reduced_amax(amax)
-        else:
-            amax = self.amax()
+            else:
+                chunk.amax(amax)
+        amax = self._reduced_amax(amax)
         g = self.scales(amax)
         host = torch.stack((amax, g.view(torch.int32), self.g.view(torch.int32))).cpu()
         self.check(host[0])
+        self._check_other_meshes(host[0])
         moved = (host[1] != host[2]).numpy()
         self.g.copy_(g)
-        if not speculative or moved.any():
-            for chunk in self._chunks:
-                chunk.pack_again(self.g, _moved(chunk.shards, moved) if speculative else None)
-        self.packed_before = True
+        self._amax = amax
+        self._packed_before = True
+        if not speculative:
+            for chunk in chunks:
+                chunk.pack(self.g)
+        if not moved.any():
+            return list(units)
+        given = {id(unit) for unit in units}
+        rest = [unit for unit in self.units if id(unit) not in given and moved[unit.items].any()]
+        for chunk in (*(chunks if speculative else ()), *(self._chunk(unit) for unit in rest)):
+            chunk.pack_moved(self.g, moved)
+        return [*units, *rest]
 
     def repacked(self, unit: Unit, g: Tensor) -> Tensor:
         """This rank's buffer of a unit as it would be packed now with given global scales, in new memory."""
         buffer = torch.zeros_like(unit.buffer)
-        _Chunk([unit], self._chunks[0].stage, [buffer]).pack(g)
+        _Chunk([unit], self._stage, [buffer]).pack(g)
         return buffer
 
     def check(self, amax: Tensor) -> None:
@@ -241,6 +264,13 @@ class ShardPacker:
             return
         for shard in self.shards:
             ops.check_amax(values[shard.first : shard.first + shard.items], shard.name)
+
+    def _check_other_meshes(self, amax: Tensor) -> None:
+        """Raise if ranks that this one shares a mesh with have raised, for a weight that this one does not hold."""
+        if len(self._meshes()) > 1:
+            bad = ~(amax.view(torch.float32) <= ops.largest_magnitude())
+            if bool(self.reduced(bad.any().int().reshape(1).to(self.device))):
+                raise UserError("another rank holds a weight with NaN or Inf, and names it: see its error")
 
     def reduced(self, flags: Tensor) -> Tensor:
         """The maximum over all ranks of every mesh, in place; int32, equally long on every rank."""
@@ -253,34 +283,43 @@ class ShardPacker:
         return list({s.mesh: None for s in self.shards if s.mesh is not None})
 
     def _reduced_amax(self, amax: Tensor) -> Tensor:
-        meshes = self._meshes()
-        if len(meshes) <= 1:
-            return self.reduced(amax)
-        for mesh in meshes:  # each has other ranks, which hold other weights
-            members = [s for s in self.shards if s.mesh == mesh]
+        """The maximum over the ranks that divide each weight; replicas hold the same rows."""
+        meshes = list({s.mesh: None for s in self.shards if s.mesh is not None and s.world > 1})
+        for mesh in meshes:
+            group = mesh.get_group(mesh.ndim - 1)
+            if len(meshes) == 1:
+                dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
+                break
+            members = [s for s in self.shards if s.mesh == mesh and s.world > 1]  # other ranks hold other weights
             mine = torch.cat([amax[s.first : s.first + s.items] for s in members])
-            for dim in range(mesh.ndim):
-                dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            dist.all_reduce(mine, dist.ReduceOp.MAX, group=group)
             for s, values in zip(members, mine.split([s.items for s in members]), strict=True):
                 amax[s.first : s.first + s.items] = values
         return amax
 
+    def _chunks(self, units: Sequence[Unit]) -> "list[_Chunk]":
+        """All units in one chunk, or each in its own: if they are some only, or masters must be brought here."""
+        here = all(unit.shards[0].master().device == self.device for unit in units)
+        return [self._all] if here and len(units) == len(self.units) else [self._chunk(unit) for unit in units]
 
-def _moved(shards: Sequence[Shard], moved: Any) -> list[int]:
-    """The shards that hold something and have a global scale that moved."""
-    return [i for i, s in enumerate(shards) if s.rows and moved[s.local_first : s.local_first + s.local_items].any()]
+    def _chunk(self, unit: Unit) -> "_Chunk":
+        return self._single.setdefault(id(unit), _Chunk([unit], self._stage))
 
 
 class _Stage:
-    """Device memory that masters from elsewhere are copied to, one unit after the other."""
+    """Device memory that masters from elsewhere (CPU offload) are copied to, one unit after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def copies(self, masters: Sequence[Tensor]) -> list[Tensor]:
+    def brought(self, masters: Sequence[Tensor]) -> list[Tensor]:
+        """The masters on the device, copied if they are not there."""
+        device = self._memory.device
+        if all(m.device == device for m in masters):
+            return list(masters)
         ends = list(accumulate((_aligned(m.nbytes) for m in masters), initial=0))
         if ends[-1] > self._memory.numel():
-            self._memory = torch.empty(ends[-1], dtype=torch.uint8, device=self._memory.device)
+            self._memory = torch.empty(ends[-1], dtype=torch.uint8, device=device)
         found = []
         for master, at in zip(masters, ends, strict=False):
             copy = self._memory[at : at + master.nbytes].view(master.dtype).view(master.shape)
@@ -289,11 +328,14 @@ class _Stage:
 
 
 class _Chunk:
-    """Units whose shards are packed by one call, and the kernels' tables for their masters."""
+    """Units whose shards are packed by one call, and the kernels' tables for their masters.
 
-    def __init__(self, units: Sequence[Unit], stage: _Stage | None, buffers: Iterable[Tensor] | None = None) -> None:
+    The tables know addresses only: masters that are moved away must not be kept alive.
+    """
+
+    def __init__(self, units: Sequence[Unit], stage: _Stage, buffers: Iterable[Tensor] | None = None) -> None:
         self.shards = [s for unit in units for s in unit.shards]
-        self.stage = stage
+        self._stage = stage
         targets = buffers if buffers is not None else [unit.buffer for unit in units]
         self._packed = [view for unit, t in zip(units, targets, strict=True) for view in unit.packed_views(t)]
         self._amaxes: Amaxes | None = None
@@ -304,19 +346,28 @@ class _Chunk:
         if self._amaxes is None or not self._amaxes.fits(masters):
             self._amaxes = Amaxes(masters, *self._items())
         self._amaxes(out)
+        if not self._amaxes.release():
+            self._amaxes = None
 
     def pack(self, g: Tensor, amax: Tensor | None = None, only: Sequence[int] | None = None) -> None:
         masters = self._masters()
         if self._packs is None or not self._packs.fits(masters):
             packed, scale = [p for p, _ in self._packed], [s for _, s in self._packed]
             self._packs = Packs(masters, *self._items(), packed, scale)
-        packs = self._packs if only is None else self._packs.only(only)
+        packs = self._packs if only is None else self._packs.only(only, masters)
         packs(g, amax)
+        if not self._packs.release():
+            self._packs = None
 
-    def pack_again(self, g: Tensor, moved: Sequence[int] | None) -> None:
-        """Pack the weights at the given indices; None: all."""
-        if moved is None or len(moved):
-            self.pack(g, only=moved)
+    def pack_moved(self, g: Tensor, moved: Any) -> None:
+        """Pack the weights that use a global scale that moved."""
+        indices = [
+            i
+            for i, s in enumerate(self.shards)
+            if s.rows and moved[s.local_first : s.local_first + s.local_items].any()
+        ]
+        if indices:
+            self.pack(g, only=indices)
 
     def _items(self) -> tuple[list[int], list[int]]:
         return [s.local_items for s in self.shards], [s.local_first for s in self.shards]
@@ -327,4 +378,4 @@ class _Chunk:
             if master.is_meta:
                 raise UserError(f"{shard.name} is on the meta device and holds no data: load the weights first")
             assert tuple(master.shape) == (shard.rows, *shard.shape[1:]), (shard.name, master.shape, shard.rows)
-        return self.stage.copies(masters) if self.stage is not None else masters
+        return self._stage.brought(masters)

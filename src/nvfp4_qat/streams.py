@@ -31,6 +31,8 @@ class StreamOrder:
         """The current stream is about to read masters and to replace packed bytes."""
         if self._index is not None:
             current = torch.cuda.current_stream(self._index)
+            if self._packed is not None:
+                current.wait_event(self._packed)
             for stream in (*self._writers.values(), *self._readers.values()):
                 if stream != current:
                     current.wait_stream(stream)

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 import nvfp4_qat as nq
-from distributed.common import FULL, MIXED, ON, Pair, adamw, full, layers, linears, local, loss_of, same, shard
+from distributed.instruments import local
 from distributed.models import Decoder, decoder, uneven
+from distributed.pair import FULL, MIXED, ON, Pair, adamw, full, layers, linears, loss_of, same, shard
 
 BF16 = functools.partial(decoder, dtype=torch.bfloat16)
 PACKAGE = b"nvfp4_qat"
@@ -46,7 +47,7 @@ def ordinary(env: Env, seed: int = 0, make: Callable[..., nn.Module] = decoder, 
 def use(env: Env, model: nn.Module) -> None:
     """Make a model pack its weights. FSDP2 leaves the root unsharded after a forward, and nothing loads into that."""
     model(torch.ones(2, 5, 64, device=env.device))
-    model.reshard()  # type: ignore[operator]
+    model.reshard()
 
 
 def check_plain(state: dict[str, Any], like: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def state_dicts_are_plain(env: Env, make: Callable[[], nn.Module]) -> None:
         check_plain(ours.state_dict(), plain.state_dict())
         check_plain(get_model_state_dict(ours), get_model_state_dict(plain))
         assert list(ours.state_dict(prefix="actor.")) == list(plain.state_dict(prefix="actor."))
-        check_plain(dict(ours.layers[0].state_dict()), dict(plain.layers[0].state_dict()))  # type: ignore[index,union-attr]
+        check_plain(dict(ours.layers[0].state_dict()), dict(plain.layers[0].state_dict()))
         for cpu in (False, True):
             options = StateDictOptions(full_state_dict=True, cpu_offload=cpu)
             found, like = get_model_state_dict(ours, options=options), get_model_state_dict(plain, options=options)
@@ -207,7 +208,7 @@ def dcp_async_save(env: Env) -> None:
     writing = dcp.async_save(pair.model.state_dict(), checkpoint_id=env.path / "async", process_group=group)
     for _ in range(2):
         pair.step()
-    writing.result()  # type: ignore[union-attr]
+    writing.result()
     check_files(env.path)
     target = gathered(env, seed=4)
     dcp.load(target.state_dict(), checkpoint_id=env.path / "async")
@@ -232,7 +233,7 @@ def load_state_dict(env: Env, assign: bool) -> None:
 def load_state_dict_of_one_layer(env: Env) -> None:
     target, source = gathered(env, seed=0), ordinary(env, seed=1)
     use(env, target)
-    target.layers[1].mlp.load_state_dict(source.layers[1].mlp.state_dict())  # type: ignore[index,union-attr]
+    target.layers[1].mlp.load_state_dict(source.layers[1].mlp.state_dict())
     masters = decoder(seed=0).state_dict()
     masters |= {n: t for n, t in decoder(seed=1).state_dict().items() if n.startswith("layers.1.mlp")}
     trains_like(env, target, masters, "loading one layer")
@@ -315,8 +316,8 @@ def training_goes_on_where_it_stopped(env: Env) -> None:
         pair.step()
     model_state, optimizer_state = get_state_dict(pair.model, pair.optimizer)
     for slots in optimizer_state["state"].values():
-        for slot in slots.values():  # type: ignore[union-attr]
-            assert type(local(slot)) is Tensor  # type: ignore[arg-type]
+        for slot in slots.values():
+            assert type(local(slot)) is Tensor
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=env.path / "run")
     check_files(env.path)
     model = gathered(env, seed=7, units=linears)
@@ -342,7 +343,7 @@ def optimizer_states_whole(env: Env) -> None:
     if env.rank == 0:
         for i, (name, _) in enumerate(pair.twin.model.named_parameters()):
             for slot in ("exp_avg", "exp_avg_sq"):
-                same(state["state"][name][slot], twin[i][slot].cpu(), f"{slot} of {name}")  # type: ignore[index,arg-type]
+                same(state["state"][name][slot], twin[i][slot].cpu(), f"{slot} of {name}")
         torch.save(state, env.path / "optimizer.pt")
         assert PACKAGE not in (env.path / "optimizer.pt").read_bytes()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

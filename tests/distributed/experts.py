@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import nvfp4_qat as nq
-from distributed.common import FULL, MIXED, Collectives, Pair, Units, expected_gather
+from distributed.instruments import Collectives
+from distributed.pair import FULL, MIXED, Pair, Units, expected_gather
 
 
 def tokens(rank: int, step: int, device: str) -> Tensor:
@@ -37,14 +38,14 @@ class TokenPair(Pair):
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    return list(model.model.model.layers)  # type: ignore[union-attr,arg-type]
+    return list(model.model.model.layers)
 
 
 def experts_apart(model: nn.Module) -> list[nn.Module]:
     """Experts in units of their own, as expert parallelism would have it."""
     found = []
     for layer in decoder_layers(model):
-        found += [layer.mlp.experts, layer]  # type: ignore[union-attr]
+        found += [layer.mlp.experts, layer]
     return found
 
 
@@ -92,7 +93,7 @@ def expert_scales_move_apart(env: Env) -> None:
     with torch.no_grad():
         factors = torch.tensor([300.0, 1.0, 1.0, 0.0], device=env.device)[:, None, None]
         sharded = pair.parameters()[name]
-        sharded.to_local().mul_(factors[2 * env.rank : 2 * env.rank + 2])  # type: ignore[attr-defined]
+        sharded.to_local().mul_(factors[2 * env.rank : 2 * env.rank + 2])
         dict(pair.twin.model.named_parameters())[name].mul_(factors)
     for _ in range(2):
         pair.step()
@@ -123,7 +124,7 @@ def dense_model_of_transformers(env: Env) -> None:
     def units(model: nn.Module) -> list[nn.Module]:
         found: list[nn.Module] = []
         for layer in decoder_layers(model):
-            found += [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj, layer]  # type: ignore[union-attr,list-item]
+            found += [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj, layer]
         return found
 
     pair = TokenPair(env, make=make, units=units, policy=MIXED)

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from helpers_distributed import Env, case
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import nvfp4_qat as nq
-from distributed.common import FULL, MIXED, Pair, Units, batch, full, layers, linears, local, loss_of, same, shard
+from distributed.instruments import local
 from distributed.models import Decoder, decoder, uneven
+from distributed.pair import FULL, MIXED, Pair, Units, batch, full, layers, linears, loss_of, plain_adamw, same, shard
 
 
 class Checkpointed(Decoder):
@@ -51,7 +54,7 @@ def wrapped_layers(model: Decoder, units: Units, **options: Any) -> nn.Module:
 def wrapped_parts(model: Decoder, units: Units, **options: Any) -> nn.Module:
     """Selective: the MLPs only, without units of their own."""
     for layer in model.layers:
-        layer.mlp = checkpoint_wrapper(layer.mlp)  # type: ignore[assignment]
+        layer.mlp = checkpoint_wrapper(layer.mlp)
     return shard(model, units, **options)
 
 
@@ -92,7 +95,7 @@ def compiled_blocks(env: Env, policy: MixedPrecisionPolicy) -> None:
     pair.compare_forward()
     ours = graphs() - before
     torch._dynamo.reset()
-    plain = compiled("aot_eager", pair.plain, layers, mesh=env.mesh(), mp_policy=policy)  # type: ignore[arg-type]
+    plain = compiled("aot_eager", pair.plain, layers, mesh=env.mesh(), mp_policy=policy)
     before = graphs()
     for step in range(3):
         loss_of(plain(batch(env.rank, step, env.device))).backward()
@@ -141,7 +144,7 @@ def explicit_prefetching(env: Env) -> None:
         for here, there in zip(blocks, blocks[1:], strict=False):
             here.set_modules_to_forward_prefetch([there])
             there.set_modules_to_backward_prefetch([here])
-        model.set_modules_to_forward_prefetch([blocks[0]])  # type: ignore[operator]
+        model.set_modules_to_forward_prefetch([blocks[0]])
         return model
 
     pair = Pair(env, make=functools.partial(decoder, depth=4), policy=MIXED, wrap=wrap)
@@ -191,12 +194,40 @@ def unshard_across_a_step(env: Env) -> None:
     """Unsharded weights do not outlive an optimizer step unnoticed: the next forward computes with new ones."""
     pair = Pair(env, policy=MIXED, reshard_after_forward=False)
     pair.compare_forward()  # leaves everything unsharded
-    pair.model.reshard()  # type: ignore[operator]
-    for layer in pair.model.layers:  # type: ignore[union-attr]
+    pair.model.reshard()
+    for layer in pair.model.layers:
         layer.reshard()
     for _ in range(2):
         pair.step()
-        pair.model.set_reshard_after_forward(True)  # type: ignore[operator]
+        pair.model.set_reshard_after_forward(True)
+
+
+class Gather(_fsdp_api.AllGather):
+    """A user's own all-gather."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self.calls += 1
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+@case(2, when={"before": {"before": True}, "after": {"before": False}})
+def custom_all_gather(env: Env, before: bool) -> None:
+    """`set_custom_all_gather`, before the first gather and after it."""
+    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    if not before:
+        pair.step()
+    own = Gather()
+    for unit in (pair.model, *layers(pair.model)):
+        unit.set_custom_all_gather(own)
+    for _ in range(2):
+        pair.step()
+    assert own.calls >= 2 * 2 * 3
 
 
 @case(2)
@@ -204,16 +235,16 @@ def other_methods_than_forward(env: Env) -> None:
     pair = Pair(env, policy=MIXED)
 
     def embed(self: Decoder, x: Tensor) -> Tensor:
-        return self.self_attn(self.input_norm(x)) * 2  # type: ignore[attr-defined]
+        return self.self_attn(self.input_norm(x)) * 2
 
-    layer: Any = pair.model.layers[0]  # type: ignore[index,union-attr]
+    layer: Any = pair.model.layers[0]
     pair.model(pair.inputs()[env.rank])  # the root runs first, as FSDP2 wants it
     type(layer).embed = embed
     register_fsdp_forward_method(layer, "embed")
     x = pair.inputs()[env.rank].to(torch.bfloat16)
     with torch.no_grad():
         pair.twin(pair.inputs()[env.rank])
-        same(layer.embed(x), embed(pair.twin.compute.layers[0], x), "output")  # type: ignore[index,union-attr,arg-type]
+        same(layer.embed(x), embed(pair.twin.compute.layers[0], x), "output")
 
 
 @case(2)
@@ -247,14 +278,14 @@ def layers_sharded_without_their_root(env: Env) -> None:
             fully_shard(unit, **options)
         return model
 
-    pair = Pair(env, wrap=wrap, units=layers)
+    pair = Pair(env, wrap=wrap, units=layers, optimizer=plain_adamw)
     for _ in range(2):
         out = pair.model(pair.inputs()[env.rank])
         loss_of(out).backward()
         for p in pair.model.parameters():  # what FSDP2 does not reduce
             if not isinstance(p, DTensor):
                 torch.distributed.all_reduce(p.grad)
-                p.grad /= env.world  # type: ignore[operator]
+                p.grad /= env.world
         (expected,), total = pair.expect([[0]])
         same(out.detach(), expected, "output")
         pair.compare_gradients(total)

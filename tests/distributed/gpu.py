@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import nvfp4_qat as nq
-from distributed.common import FULL, MIXED, Pair, layers, linears, live_bytes, local, loss_of, same, shard
+from distributed.instruments import live_bytes, local
 from distributed.models import decoder
+from distributed.pair import FULL, MIXED, Pair, adamw, layers, linears, loss_of, same, shard
 from nvfp4_qat import gather_unit, multi
 
 LONG = 50_000_000
@@ -203,7 +204,9 @@ def bytes_from_the_host(env: Env) -> None:
         return
     policy = CPUOffloadPolicy(pin_memory=True)
     make = functools.partial(decoder, width=512, hidden=2048)
-    pair = Pair(env, make=make, policy=MIXED, offload_policy=policy, reshard_after_forward=True)
+    # Steps so small that no global scale moves: a weight whose scale moved is packed, and copied, a second time.
+    small = functools.partial(torch.optim.AdamW, lr=1e-6)
+    pair = Pair(env, make=make, policy=MIXED, optimizer=small, offload_policy=policy, reshard_after_forward=True)
     held = rest = 0
     for name, p in pair.parameters().items():
         if name in pair.plan:
@@ -241,13 +244,31 @@ def _copied_from_host(call: Callable[[], None], path: Path) -> int:
 
 
 @case(2)
+def moved_to_the_cpu_and_back(env: Env) -> None:
+    """`model.cpu()` frees the device of masters, and `to` brings them back to be gathered."""
+    pair = Pair(env, make=functools.partial(decoder, width=512, hidden=2048), policy=MIXED, reshard_after_forward=True)
+    pair.step()
+    model: Any = pair.model
+    held = sum(local(p).numel() for p in pair.parameters().values()) * 4
+    before = live_bytes(env.device)
+    model.cpu()
+    if env.device == "cuda":
+        freed = before - live_bytes("cuda")
+        assert freed >= 0.95 * held, f"{freed} bytes were freed, masters have {held}"
+    model.to(env.device)
+    with torch.no_grad():
+        out = model(pair.inputs()[env.rank])
+    same(out, pair.twin(pair.inputs()[env.rank]), "output after coming back")
+
+
+@case(2)
 def made_on_the_cpu(env: Env) -> None:
     """apply_qat on a model on the CPU; fully_shard brings it to the GPU."""
     pair = Pair(env, policy=MIXED)
     model = decoder()
     nq.apply_qat(model, nq.QATConfig(enable=True), gather="nvfp4")
     shard(model, layers, mesh=env.mesh(), mp_policy=MIXED)
-    pair.model, pair.optimizer = model, torch.optim.AdamW(model.parameters(), lr=2e-2)
+    pair.model, pair.optimizer = model, adamw(model.parameters())
     for _ in range(2):
         pair.step()
 

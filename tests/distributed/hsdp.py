@@ -11,23 +11,22 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import nvfp4_qat as nq
-from distributed.common import (
+from distributed.instruments import Collectives, raises_everywhere
+from distributed.models import decoder, uneven
+from distributed.pair import (
     FULL,
     MIXED,
     ON,
-    Collectives,
     Pair,
     expected_gather,
     full,
     layers,
     linears,
     loss_of,
-    raises_everywhere,
     same,
     same_stream,
     shard,
 )
-from distributed.models import decoder, uneven
 
 
 def in_pairs(parts: list[Tensor]) -> Tensor:
@@ -137,9 +136,23 @@ def accumulation_without_all_reduce(env: Env) -> None:
             ranks.append(
                 {name: sum(grads[replica][name] + grads[replica + 1][name] for grads in per_micro) for name in names}
             )
-        expected = {name: (ranks[0][name] + ranks[1][name]) / 4 for name in names}  # type: ignore[operator]
+        expected = {name: (ranks[0][name] + ranks[1][name]) / 4 for name in names}
         pair.compare_gradients(expected)
         pair.update()
+
+
+@case(4)
+def evaluation_by_one_replica(env: Env) -> None:
+    """Two ranks that hold all weights between them can use the model without the other two."""
+    pair = Pair(env, mesh=env.mesh(2, 2), order=in_pairs, policy=MIXED)
+    for _ in range(2):
+        pair.step()
+        pair.compare_forward()  # everybody: packs
+        for replica in (0, 1):
+            if env.rank // 2 == replica:
+                for _ in range(2):
+                    pair.compare_forward(f"output of replica {replica} alone")
+            env.barrier()
 
 
 @case(4)
@@ -165,7 +178,7 @@ def nan_in_one_replica(env: Env) -> None:
     kept = full(pair.parameters()[name]).clone()
     if env.rank == 2:
         with torch.no_grad():
-            pair.parameters()[name].to_local()[0, 0] = float("nan")  # type: ignore[attr-defined]
+            pair.parameters()[name].to_local()[0, 0] = float("nan")
     pair.optimizer.step()  # the event after which weights are packed again
     message = raises_everywhere(nq.UserError, lambda: pair.model(pair.inputs()[env.rank]))
     assert name in message, message

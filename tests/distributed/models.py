@@ -112,7 +112,7 @@ class Uneven(nn.Module):
 
 def decoder(seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: object) -> Decoder:
     torch.manual_seed(seed)
-    return Decoder(**kwargs).to(dtype)  # type: ignore[arg-type]
+    return Decoder(**kwargs).to(dtype)
 
 
 def uneven(seed: int = 0, dtype: torch.dtype = torch.float32) -> Uneven:

@@ -14,10 +14,11 @@ from unittest import mock
 
 from helpers_distributed import Env, again
 
-from distributed import experts, features, hsdp, safety, sync, traffic, training
+from distributed import experts, features, hsdp, misuse, sync, traffic, training
 from nvfp4_qat import gather_unit
 
 HERE = sys.modules[__name__]
+OWN = "-own-gather"
 
 
 def forced(function: Callable[..., None]) -> Callable[..., None]:
@@ -37,13 +38,22 @@ TRAINING = {
     "fp32", "bf16", "mixed", "one-unit", "unit-per-layer", "units-of-two-modules", "weights-at-the-root-too", "reshard",
     "never-reshard", "offload", "uneven", "uneven-mixed",
 }  # fmt: skip
-again(training, 2, HERE, forced, lambda name: name in {f"trains_as_module_mode[{variant}]" for variant in TRAINING})
-again(training, 2, HERE, forced, one_of("gradient_accumulation[last]", "global_scales_move", "frozen_weights"))
-again(training, 2, HERE, forced, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
-again(features, 2, HERE, forced, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
-again(features, 2, HERE, forced, one_of("activation_checkpointing[wrapped-layers]", "compiled_blocks[mixed]"))
-again(traffic, 2, HERE, forced, lambda name: not name.startswith("one_reduction"))
-again(safety, 2, HERE, forced, one_of("a_bad_value_on_one_rank[nan-rank-1]", "an_error_inside_the_forward"))
-again(experts, 2, HERE, forced, one_of("experts_implementations[grouped_mm-3]", "experts_in_units_of_their_own"))
-again(sync, 2, HERE, forced, one_of("streams[mixed]", "a_stream_between_forward_and_backward"))
-again(hsdp, 4, HERE, forced, one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]", "bytes_of_two_shards"))
+again(
+    training, 2, HERE, forced, OWN, lambda name: name in {f"trains_as_module_mode[{variant}]" for variant in TRAINING}
+)
+again(training, 2, HERE, forced, OWN, one_of("gradient_accumulation[last]", "global_scales_move", "frozen_weights"))
+again(training, 2, HERE, forced, OWN, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
+again(features, 2, HERE, forced, OWN, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
+again(features, 2, HERE, forced, OWN, one_of("activation_checkpointing[wrapped-layers]", "compiled_blocks[mixed]"))
+again(traffic, 2, HERE, forced, OWN, lambda name: not name.startswith("one_reduction"))
+again(misuse, 2, HERE, forced, OWN, one_of("a_bad_value_on_one_rank[nan-rank-1]", "an_error_inside_the_forward"))
+again(experts, 2, HERE, forced, OWN, one_of("experts_implementations[grouped_mm-3]", "experts_in_units_of_their_own"))
+again(sync, 2, HERE, forced, OWN, one_of("streams[mixed]", "a_stream_between_forward_and_backward"))
+again(
+    hsdp,
+    4,
+    HERE,
+    forced,
+    OWN,
+    one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]", "bytes_of_two_shards"),
+)

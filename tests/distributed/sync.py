@@ -17,25 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import nvfp4_qat as nq
-from distributed.common import (
-    MIXED,
-    ON,
-    Collectives,
-    Pair,
-    adamw,
-    allocated,
-    expected_gather,
-    layers,
-    linears,
-    nothing,
-    raises_everywhere,
-    same,
-    same_stream,
-    settled,
-    shard,
-)
 from distributed.experts import TokenPair, decoder_layers, experts_apart, moe
+from distributed.instruments import Collectives, allocated, raises_everywhere, settled
 from distributed.models import decoder, uneven
+from distributed.pair import MIXED, ON, Pair, adamw, expected_gather, layers, linears, nothing, same, same_stream, shard
 
 BF16 = functools.partial(decoder, dtype=torch.bfloat16)
 AMAX = nq.QATConfig(enable=True, global_scale="amax")
@@ -88,10 +73,10 @@ def both_layouts(pair: Pair) -> None:
         model.load_state_dict(pair.twin.model.state_dict())
         if not hasattr(pair, "sender"):
             nq.apply_qat(model, pair.plan.config)
-            pair.sender = model  # type: ignore[attr-defined]
+            pair.sender = model
     for layout in ("checkpoint", "fused"):
-        found = list(nq.packed_weights(pair.model, layout=layout))  # type: ignore[arg-type]
-        same_stream(iter(found), nq.packed_weights(model, layout=layout))  # type: ignore[arg-type]
+        found = list(nq.packed_weights(pair.model, layout=layout))
+        same_stream(iter(found), nq.packed_weights(model, layout=layout))
         names: list[Any] = [None] * pair.env.world
         dist.all_gather_object(names, [name for name, _ in found])
         assert all(other == names[0] for other in names), "ranks get the tensors in different orders"
@@ -103,9 +88,9 @@ def one_receiver(env: Env, receiver: int) -> None:
     pair = Pair(env)
     pair.step()
     for layout in ("checkpoint", "fused"):
-        stream = nq.packed_weights(pair.model, layout=layout, ranks=receiver)  # type: ignore[arg-type]
+        stream = nq.packed_weights(pair.model, layout=layout, ranks=receiver)
         if env.rank == receiver:
-            same_stream(stream, nq.packed_weights(pair.twin.model, layout=layout))  # type: ignore[arg-type]
+            same_stream(stream, nq.packed_weights(pair.twin.model, layout=layout))
         else:
             assert list(stream) == []
     pair.step()
@@ -115,8 +100,8 @@ def one_receiver(env: Env, receiver: int) -> None:
 def wrong_receivers_and_layouts(env: Env) -> None:
     pair = Pair(env)
     for ranks in (2, -1, "none", True):
-        raises_everywhere(nq.UserError, lambda: list(nq.packed_weights(pair.model, ranks=ranks)))  # type: ignore[arg-type]  # noqa: B023
-    raises_everywhere(nq.UserError, lambda: list(nq.packed_weights(pair.model, layout="flat")))  # type: ignore[arg-type]
+        raises_everywhere(nq.UserError, lambda: list(nq.packed_weights(pair.model, ranks=ranks)))  # noqa: B023
+    raises_everywhere(nq.UserError, lambda: list(nq.packed_weights(pair.model, layout="flat")))
     pair.step()
 
 
@@ -137,9 +122,35 @@ def a_stream_left_early(env: Env) -> None:
 
 
 @case(2)
+def a_stream_interrupted_by_a_step(env: Env) -> None:
+    """Half of the stream would be of the old weights and half of the new: every rank is told."""
+    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    pair.step()
+    stream = nq.packed_weights(pair.model)
+    for _ in range(4):
+        next(stream)
+    pair.step()
+    pair.compare_forward()
+    raises_everywhere(nq.MismatchError, lambda: list(stream))
+    both_layouts(pair)
+    pair.step()
+
+
+@case(2)
+def a_stream_of_unsharded_weights(env: Env) -> None:
+    """After an evaluation with reshard_after_forward=False every parameter is still whole."""
+    pair = Pair(env, reshard_after_forward=False)
+    pair.step()
+    pair.compare_forward()
+    both_layouts(pair)
+    pair.compare_forward()
+    pair.step()
+
+
+@case(2)
 def a_stream_between_forward_and_backward(env: Env) -> None:
     """A sync in the middle of a step changes nothing of it."""
-    from distributed.common import loss_of
+    from distributed.pair import loss_of
 
     pair = Pair(env, reshard_after_forward=True)
     pair.step()
@@ -226,7 +237,7 @@ def trained(env: Env, model: nn.Module, gather: bool) -> nn.Module:
     """A model with weights of its own, sharded or not."""
     nq.apply_qat(model, ON, gather="nvfp4" if gather else None)
     if gather:
-        shard(model, lambda m: list(m.model.layers), mesh=env.mesh())  # type: ignore[union-attr,arg-type]
+        shard(model, lambda m: list(m.model.layers), mesh=env.mesh())
     return model
 
 
@@ -242,6 +253,8 @@ def checkpoints_are_the_same_files(env: Env, make: Callable[[], Any]) -> None:
         optimizer.zero_grad()
     for name, p in sharded.named_parameters():
         same(p.full_tensor().detach(), dict(single.named_parameters())[name].detach(), name)
+    with torch.no_grad():
+        sharded(input_ids=ids)  # leaves the root unsharded
     nq.save_checkpoint(sharded, env.path / "sharded")
     if env.rank == 0:
         nq.save_checkpoint(single, env.path / "single")
@@ -280,7 +293,7 @@ def nan_in_what_is_not_quantized(env: Env) -> None:
     pair = Pair(env, reshard_after_forward=True)
     pair.step()
     with torch.no_grad():
-        local: Tensor = pair.parameters()["lm_head.weight"].to_local()  # type: ignore[attr-defined]
+        local: Tensor = pair.parameters()["lm_head.weight"].to_local()
         local[0, 0] = float("nan") if env.rank == 1 else local[0, 0]
     message = raises_everywhere(nq.UserError, lambda: list(nq.packed_weights(pair.model)))
     assert "lm_head.weight" in message, message

@@ -10,25 +10,10 @@ from helpers_distributed import Env, case
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import nvfp4_qat as nq
-from distributed.common import (
-    FULL,
-    MIXED,
-    Collectives,
-    Pair,
-    allocated,
-    expected_gather,
-    layers,
-    linears,
-    live_bytes,
-    local,
-    loss_of,
-    nothing,
-    packing,
-    padded_numel,
-    settled,
-)
 from distributed.features import Checkpointed, seeded
+from distributed.instruments import Collectives, allocated, live_bytes, local, packing, padded_numel, settled
 from distributed.models import decoder, uneven
+from distributed.pair import FULL, MIXED, Pair, expected_gather, layers, linears, loss_of, nothing
 
 SCALES = {"bias": True, "width": 128, "hidden": 256}  # all shards are multiples of 256 weights: no padding anywhere
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import nvfp4_qat as nq
-from distributed.common import (
+from distributed.instruments import packing
+from distributed.models import WIDTH, Decoder, decoder, uneven
+from distributed.pair import (
     MIXED,
     ON,
     MakeOptimizer,
@@ -25,11 +27,9 @@ from distributed.common import (
     linears,
     loss_of,
     nothing,
-    packing,
     same,
     shard,
 )
-from distributed.models import WIDTH, Decoder, decoder, uneven
 
 BF16 = functools.partial(decoder, dtype=torch.bfloat16)
 AMAX = nq.QATConfig(enable=True, global_scale="amax")
@@ -80,7 +80,7 @@ def attention_only(model: Decoder) -> list[nn.Module]:
     },
 )
 def trains_as_module_mode(env: Env, **setup: object) -> None:
-    pair = Pair(env, **setup)  # type: ignore[arg-type]
+    pair = Pair(env, **setup)
     pair.compare_forward("output before the first step")
     for _ in range(3):
         pair.step()
@@ -106,7 +106,7 @@ AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
     },
 )
 def optimizers(env: Env, optimizer: object) -> None:
-    pair = Pair(env, optimizer=optimizer)  # type: ignore[arg-type]
+    pair = Pair(env, optimizer=optimizer)
     before = full(pair.parameters()["layers.0.mlp.up_proj.weight"])
     for _ in range(3):
         pair.step()
@@ -118,7 +118,7 @@ def global_scales_move(env: Env) -> None:
     """Weights grow and shrink by powers of two between steps, in one layer, in one rank's rows, and to zero."""
     pair = Pair(env, policy=MIXED)
 
-    def write(change) -> None:  # type: ignore[no-untyped-def]
+    def write(change) -> None:
         with torch.no_grad():
             for parameters in (pair.parameters(), dict(pair.twin.model.named_parameters())):
                 change(parameters)
@@ -139,7 +139,7 @@ def global_scales_move(env: Env) -> None:
 
     def one_rank(parameters: dict[str, Tensor]) -> None:
         p = parameters[up]
-        local = p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]
+        local = p.to_local() if hasattr(p, "to_local") else p
         if env.rank == 0 or local is p:
             local[:48].mul_(2.0**12)
 
@@ -192,7 +192,7 @@ def accumulated(pair: Pair) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 @case(2, norm={"inf": {"norm": float("inf")}, "2": {"norm": 2.0}})
 def gradient_clipping(env: Env, norm: float) -> None:
-    pair = Pair(env, policy=MIXED, optimizer=functools.partial(SGD, lr=1.0))
+    pair = Pair(env, policy=MIXED, optimizer=functools.partial(SGD, lr=1.0, foreach=True))
 
     def clip() -> None:
         total = nn.utils.clip_grad_norm_(pair.model.parameters(), 1e-2, norm_type=norm)
@@ -227,9 +227,9 @@ def frozen_weights(env: Env) -> None:
     for _ in range(3):
         pair.step()
     pair.parameters()["layers.1.mlp.gate_proj.weight"].requires_grad_(True)  # thawed in the middle
-    pair.twin.model.layers[1].mlp.gate_proj.weight.requires_grad_(True)  # type: ignore[index,union-attr]
+    pair.twin.model.layers[1].mlp.gate_proj.weight.requires_grad_(True)
     if pair.twin.compute is not pair.twin.model:
-        pair.twin.compute.layers[1].mlp.gate_proj.weight.requires_grad_(True)  # type: ignore[index,union-attr]
+        pair.twin.compute.layers[1].mlp.gate_proj.weight.requires_grad_(True)
     pair.step()
 
 
@@ -243,7 +243,7 @@ def an_optimizer_for_a_part(env: Env) -> None:
             self.parts = [adamw(parameters[::2]), adamw(parameters[1::2])]
             self.turn = 0
 
-        def step(self, closure: None = None) -> None:  # type: ignore[override]
+        def step(self, closure: None = None) -> None:
             self.turn += 1
             self.parts[self.turn % 2].step()
 
@@ -334,7 +334,7 @@ def adapters_on_a_frozen_base(env: Env, optimizer: MakeOptimizer) -> None:
         return get_peft_model(Output(), config)
 
     def units(model: nn.Module) -> list[nn.Module]:
-        return list(model.base_model.model.model.layers)  # type: ignore[union-attr,arg-type]
+        return list(model.base_model.model.model.layers)
 
     pair = Pair(env, make=make, units=units, optimizer=optimizer)
     assert pair.plan.quantized, "nothing is quantized"

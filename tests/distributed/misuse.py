@@ -1,4 +1,4 @@
-"""Misuse is refused with a reason, writes are noticed, faults stop every rank and leave masters as they were."""
+"""Misuse is refused with a reason; faults stop every rank and leave masters and checkpoints as they were."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ import copy
 import functools
 import pickle
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers_distributed import Env, case
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import nvfp4_qat as nq
-from distributed.common import (
-    MIXED,
-    ON,
-    Pair,
-    as_bytes,
-    full,
-    linears,
-    loss_of,
-    nothing,
-    raises_everywhere,
-    same,
-    same_stream,
-    shard,
-)
-from distributed.models import Decoder, decoder, uneven
+from distributed.instruments import raises_everywhere
+from distributed.models import Decoder, decoder
+from distributed.pair import MIXED, ON, Pair, adamw, as_bytes, full, linears, loss_of, nothing, same, shard
 
 REFUSED = (nq.UserError, nq.MismatchError)
 SECONDS = 20.0
@@ -48,9 +35,6 @@ def prepared(env: Env, seed: int = 0) -> Decoder:
 
 def x_of(env: Env) -> Tensor:
     return torch.ones(2, 5, 64, device=env.device)
-
-
-# --- misuse ---
 
 
 @case(2)
@@ -107,7 +91,7 @@ def applied_twice(env: Env) -> None:
 @case(2)
 def wrong_arguments(env: Env) -> None:
     for value in ("nvfp8", "", True, 4):
-        message = raises_everywhere(nq.UserError, lambda: nq.apply_qat(decoder(), ON, gather=value))  # type: ignore[arg-type]  # noqa: B023
+        message = raises_everywhere(nq.UserError, lambda: nq.apply_qat(decoder(), ON, gather=value))  # noqa: B023
         assert "gather" in message, message
 
 
@@ -184,193 +168,11 @@ def a_lost_parameter(env: Env) -> None:
     """A module given a new, ordinary weight after sharding does not silently train unquantized."""
     pair = Pair(env)
     pair.compare_forward()
-    pair.model.reshard()  # type: ignore[operator]
-    layer: Any = pair.model.layers[1]  # type: ignore[index,union-attr]
+    pair.model.reshard()
+    layer: Any = pair.model.layers[1]
     layer.reshard()
     layer.mlp.up_proj = nn.Linear(64, 96, bias=False, device=env.device)
     raises_everywhere((*REFUSED, RuntimeError), lambda: list(nq.packed_weights(pair.model)))
-
-
-# --- writes ---
-
-
-def no_grad_mul(pair: Pair, p: Any) -> None:
-    with torch.no_grad():
-        p.mul_(3.0)
-
-
-def item_assignment(pair: Pair, p: Any) -> None:
-    with torch.no_grad():
-        p.copy_(p * 3.0)
-
-
-def foreach_mul(pair: Pair, p: Any) -> None:
-    with torch.no_grad():
-        torch._foreach_mul_([p], 3.0)
-
-
-def local_mul(pair: Pair, p: Any) -> None:
-    with torch.no_grad():
-        p.to_local().mul_(3.0)
-
-
-def local_rows(pair: Pair, p: Any) -> None:
-    with torch.no_grad():
-        p.to_local()[...] *= 3.0
-
-
-def detached_view(pair: Pair, p: Any) -> None:
-    p.detach().to_local().view(-1)[:].mul_(3.0)
-
-
-def sharded_state(pair: Pair, p: Any) -> None:
-    pair.model.state_dict()[NAME].to_local().mul_(3.0)
-
-
-def state_copy(pair: Pair, p: Any) -> None:
-    state = pair.model.state_dict()
-    state[NAME].copy_(state[NAME] * 3.0)
-
-
-def set_state(pair: Pair, p: Any) -> None:
-    state = {name: full(t).clone() for name, t in pair.model.state_dict().items()}
-    state[NAME] *= 3.0
-    set_model_state_dict(pair.model, state, options=StateDictOptions(full_state_dict=True))
-
-
-def load(pair: Pair, p: Any) -> None:
-    state = {name: t.clone() for name, t in pair.model.state_dict().items()}
-    state[NAME] = state[NAME] * 3.0
-    pair.model.load_state_dict(state)
-
-
-def optimizer_without_torch(pair: Pair, p: Any) -> None:
-    for q in pair.model.parameters():
-        if q is p:
-            with torch.no_grad():
-                q.add_(q, alpha=2.0)
-
-
-def through_data(pair: Pair, p: Any) -> None:
-    p.data.mul_(3.0)
-
-
-def through_local_data(pair: Pair, p: Any) -> None:
-    p.to_local().data.mul_(3.0)
-
-
-SEEN = (
-    no_grad_mul, item_assignment, foreach_mul, local_mul, local_rows, detached_view, sharded_state, state_copy,
-    set_state, load, optimizer_without_torch, through_data, through_local_data,
-)  # fmt: skip
-
-
-@case(2, write={f.__name__: f for f in SEEN})
-def writes_are_seen(env: Env, write: Callable[[Pair, Any], None]) -> None:
-    """The next forward computes with what was written, without `refresh`; twice, with a forward between."""
-    pair = Pair(env, reshard_after_forward=True)
-    pair.step()
-    for _ in range(2):
-        pair.compare_forward("output before the write")
-        write(pair, pair.parameters()[NAME])
-        with torch.no_grad():
-            dict(pair.twin.model.named_parameters())[NAME].mul_(3.0)
-        pair.compare_masters()
-        pair.compare_forward("output after the write")
-    pair.step()
-
-
-def storage_of(pair: Pair) -> Tensor:
-    """Memory of this rank's rows, as a foreign kernel sees it: what `state_dict` handed out, kept from before."""
-    tensor = pair.model.state_dict()[NAME].to_local()
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor.detach()
-
-
-def write_unseen(alias: Any) -> None:
-    if isinstance(alias, Tensor):
-        alias.data.mul_(3.0)
-    else:
-        alias *= 3.0
-
-
-@case(2, ranks={"all": {"ranks": (0, 1)}, "first": {"ranks": (0,)}, "last": {"ranks": (1,)}})
-def unseen_writes_stop_the_next_sync(env: Env, ranks: tuple[int, ...]) -> None:
-    """Through memory nobody watches: every rank raises at packed_weights and names the weight; refresh mends it."""
-    pair = Pair(env, reshard_after_forward=True)
-    alias = storage_of(pair)
-    pair.step()
-    pair.compare_forward()
-    list(nq.packed_weights(pair.model))  # nothing to complain of
-    if env.rank in ranks:
-        write_unseen(alias)
-    for _ in range(2):
-        message = raises_everywhere(nq.StaleWeightsError, lambda: list(nq.packed_weights(pair.model)))
-        assert NAME in message and "refresh" in message, message
-        assert message.count("layers.") == 1, f"names weights that did not change: {message}"
-    nq.refresh(pair.model)
-    masters = dict(pair.twin.model.named_parameters())
-    with torch.no_grad():
-        masters[NAME].copy_(full(pair.parameters()[NAME]))
-    same_stream(nq.packed_weights(pair.model), nq.packed_weights(pair.twin.model))
-    pair.compare_forward("output after refresh")
-    pair.step()
-
-
-@case(2)
-def unseen_writes_reach_the_state_dict(env: Env) -> None:
-    """A checkpoint is taken from the masters, so it holds what was written, noticed or not."""
-    pair = Pair(env, reshard_after_forward=True)
-    alias = storage_of(pair)
-    pair.compare_forward()
-    before = full(pair.parameters()[NAME]).clone()
-    write_unseen(alias)
-    state = get_model_state_dict(pair.model, options=StateDictOptions(full_state_dict=True))
-    same(state[NAME], before * 3.0, NAME)
-
-
-@case(2, make={"even": decoder, "uneven": uneven})
-def refresh_is_collective_and_idempotent(env: Env, make: Callable[[], nn.Module]) -> None:
-    pair = Pair(env, make=make, policy=MIXED)
-    nq.refresh(pair.model)  # before the first forward
-    nq.refresh(pair.model)
-    pair.compare_forward()
-    pair.step()
-    nq.refresh(pair.model)
-    pair.step(micros=2)
-
-
-@case(2)
-def writes_to_the_rows_of_one_rank(env: Env) -> None:
-    """A program that touches only what a rank holds: every rank says so with `refresh`, and all is right."""
-    pair = Pair(env, reshard_after_forward=True)
-    for rank in (1, 0):
-        pair.step()
-        parameter = pair.parameters()[NAME]
-        if env.rank == rank:
-            with torch.no_grad():
-                parameter.to_local().mul_(3.0)  # type: ignore[attr-defined]
-        nq.refresh(pair.model)
-        with torch.no_grad():
-            dict(pair.twin.model.named_parameters())[NAME].copy_(full(parameter))
-        pair.compare_forward()
-
-
-@case(2, row={"rank-0": {"row": 0}, "rank-1": {"row": -1}})
-def a_checkpoint_that_differs_on_one_rank(env: Env, row: int) -> None:
-    """dcp.load writes on every rank, but changes what one holds: all ranks must come to the same conclusion."""
-    pair = Pair(env, reshard_after_forward=True)
-    pair.step()
-    pair.compare_forward()
-    with torch.no_grad():
-        dict(pair.twin.model.named_parameters())[NAME][row] *= 50.0
-    whole = {name: p.detach().clone() for name, p in pair.twin.model.named_parameters()}
-    if env.rank == 0:
-        dcp.save(whole, checkpoint_id=env.path / "other", no_dist=True)
-    env.barrier()
-    dcp.load(pair.model.state_dict(), checkpoint_id=env.path / "other")
-    pair.compare_masters()
-    pair.compare_forward("output after the load")
-    pair.step()
 
 
 # --- faults ---
@@ -379,7 +181,7 @@ def a_checkpoint_that_differs_on_one_rank(env: Env, row: int) -> None:
 def poison(pair: Pair, rank: int, value: float, name: str = NAME) -> None:
     """Write a value into one element that one rank holds, by an operation that every rank runs."""
     with torch.no_grad():
-        local = pair.parameters()[name].to_local()  # type: ignore[attr-defined]
+        local = pair.parameters()[name].to_local()
         local[0, :1].fill_(value if pair.env.rank == rank else float(local[0, 0]))
 
 
@@ -410,14 +212,14 @@ def a_bad_value_on_one_rank(env: Env, rank: int, value: float) -> None:
         message = raises_everywhere(nq.UserError, use)
         assert time.monotonic() - began < SECONDS
         assert NAME in message and message.count("layers.") == 1, message
-    pair.model.reshard()  # type: ignore[operator]
+    pair.model.reshard()
     for name, p in pair.parameters().items():
         same(as_bytes(full(p)), as_bytes(held[name]), f"master {name} after the fault")
     state = pair.model.state_dict()
     dcp.save(state, checkpoint_id=env.path / "after")
     # Repaired, training goes on as if nothing had been.
     with torch.no_grad():
-        local = pair.parameters()[NAME].to_local()  # type: ignore[attr-defined]
+        local = pair.parameters()[NAME].to_local()
         rows = good.tensor_split(2)[env.rank]
         local.copy_(rows)
     pair.compare_masters()
@@ -438,10 +240,10 @@ def a_failed_optimizer_step(env: Env) -> None:
     pair.optimizer.zero_grad()
     message = raises_everywhere(nq.UserError, lambda: pair.model(pair.inputs()[env.rank]))
     assert "layers." in message and "NaN" in message, message
-    pair.model.reshard()  # type: ignore[operator]
+    pair.model.reshard()
     dcp.load(pair.model.state_dict(), checkpoint_id=env.path / "good")
-    pair.optimizer = torch.optim.SGD(pair.model.parameters(), lr=0.1)
-    pair.twin_optimizer = torch.optim.SGD(pair.twin.model.parameters(), lr=0.1)
+    pair.optimizer = adamw(pair.model.parameters())
+    pair.twin_optimizer = adamw(pair.twin.model.parameters())
     pair.compare_masters()
     pair.step()
 
@@ -459,7 +261,7 @@ def an_error_inside_the_forward(env: Env) -> None:
     def stop(*_: Any) -> None:
         raise Interrupted
 
-    hook = pair.model.layers[1].mlp.register_forward_pre_hook(stop)  # type: ignore[index,union-attr]
+    hook = pair.model.layers[1].mlp.register_forward_pre_hook(stop)
     try:
         pair.model(pair.inputs()[env.rank])
     except Interrupted:
@@ -469,8 +271,8 @@ def an_error_inside_the_forward(env: Env) -> None:
         pair.model.reset_iter_state()
         pair.step()
     else:
-        pair.model.reshard()  # type: ignore[operator]
-        for layer in pair.model.layers:  # type: ignore[union-attr]
+        pair.model.reshard()
+        for layer in pair.model.layers:
             layer.reshard()
     list(nq.packed_weights(pair.model))
     pair.compare_masters()
