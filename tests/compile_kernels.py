@@ -44,8 +44,9 @@ def single(target: int) -> dict[str, str]:
             return {"DTYPE": name, "BLOCKS": t.blocks, "num_warps": t.warps}
 
         fake = tile(launch.FAKE_QUANTIZE) | {"STEPS": launch.FAKE_QUANTIZE.steps}
+        pack = tile(launch.QUANTIZE) | {"STEPS": launch.QUANTIZE.steps}
         result[f"amax {dtype}"] = ptx(kernels.amax_kernel, values, steps, target)
-        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, tile(launch.QUANTIZE), target)
+        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, pack, target)
         packed = words | {"packed_ptr": "*i32"}
         result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, packed, tile(launch.DEQUANTIZE), target)
         result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, fake, target)

@@ -237,9 +237,9 @@ class Group:
         self._collect()
         if ended:
             self._bury(f"the processes ended with exit code {self._process.returncode}")
-        elif time.monotonic() - self._progress > self.limit:
+        elif time.monotonic() - self._progress > (limit := self.limit if self._started else max(self.limit, LIMIT)):
             self._interrupt()
-            self._bury(f"nothing happened for {self.limit:g} s")
+            self._bury(f"nothing happened for {limit:g} s")
         else:
             time.sleep(0.05)
 

@@ -83,13 +83,17 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    gathers: set[Gather] = set()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not parameter.requires_grad:  # the base of LoRA, given to the optimizer with all the rest
                 continue
             shard = getattr(parameter, "_local_tensor", None)
-            if isinstance(shard, ShardedMaster):
+            if isinstance(shard, ShardedMaster) and isinstance(shard.weight, GatherWeight):
                 shard.weight.note()
+                gathers.add(shard.weight.gather)
+    for gather in gathers:
+        gather.after_step()
 
 
 _hooks: list[Any] = []

@@ -43,8 +43,8 @@ PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "linear", "matmul", "_grouped_mm", "_scaled_mm", "convolution",
     "embedding",
 }  # fmt: skip
-BEFORE_SHARDING = PRODUCTS | {"index", "index_select"}
-"""Also refused while nothing is sharded: how a forward copies parts of a weight before it multiplies."""
+BEFORE_SHARDING = PRODUCTS | {"index", "index_select", "mul"}
+"""Also refused while nothing is sharded: how else a forward computes with a weight, or with copies of its parts."""
 
 
 class GatheredWeight(Protocol):
@@ -67,10 +67,12 @@ class Memory:
     Args:
         adopted: whether it is the master's: then writes into it are noted.
         written: whether it holds something else than the weight did, as far as is known.
+        padded: whether FSDP2 may have made it, to pad a shard. It may make another one on some ranks, so an alias of it
+            may still be the master's on others: writes into it are noted on all.
     """
 
-    def __init__(self, adopted: bool = False, written: bool = False) -> None:
-        self.adopted, self.written = adopted, written
+    def __init__(self, adopted: bool = False, written: bool = False, padded: bool = False) -> None:
+        self.adopted, self.written, self.padded = adopted, written, padded
 
 
 class ShardedMaster(torch.Tensor):
@@ -253,7 +255,7 @@ def _note_writes(func: OpOverload, args: Any, written: list[ShardedMaster]) -> N
             shard._memory.written = source._memory.written
         else:
             shard._memory.written = True
-            if shard._memory.adopted:
+            if shard._memory.adopted or shard._memory.padded:
                 shard._weight.note()
 
 
@@ -261,7 +263,7 @@ def _memory_of_result(func: OpOverload, args: Any) -> Memory | None:
     """What the results share if they are shards; None: they are plain."""
     if func in NEW_SHARDS:
         changed = func is aten.empty_like.default or args[0]._memory.written
-        return Memory(written=changed)
+        return Memory(written=changed, padded=func is aten.new_zeros.default)
     alias = _aliased_argument(func)
     if alias is not None and alias < len(args) and isinstance(args[alias], ShardedMaster):
         memory: Memory = args[alias]._memory

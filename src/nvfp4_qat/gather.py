@@ -199,6 +199,11 @@ class Gather:
             unit.stale = True
         self._pack()
 
+    def after_step(self) -> None:
+        """Pack at once where there are replicas (HSDP): afterwards one of them may compute without the others."""
+        if any(s.mesh is not None and s.mesh.size() > s.world for unit in self.units for s in unit.packed.shards):
+            self._pack()
+
     def _pack(self) -> None:
         """Pack what is stale."""
         stale = [unit for unit in self.units if unit.stale]

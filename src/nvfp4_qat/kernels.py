@@ -232,17 +232,37 @@ def amax_kernel(w_ptr, out_ptr, size, TILE: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])
-def quantize_kernel(w_ptr, g_ptr, packed_ptr, scale_ptr, blocks_per_item, DTYPE: tl.constexpr, BLOCKS: tl.constexpr):
-    """``w`` as words -> packed codes, uint8, and block scales, E4M3 bytes."""
-    item, first, left = _tile(blocks_per_item, BLOCKS)
+def quantize_kernel(
+    w_ptr,
+    g_ptr,
+    packed_ptr,
+    scale_ptr,
+    blocks_per_item,
+    DTYPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """``w`` as words -> packed codes, uint8, and block scales, E4M3 bytes; tile after tile as in fake quantize."""
+    item, first, left = _tile(blocks_per_item, BLOCKS * STEPS)
+    left = tl.minimum(left, BLOCKS * STEPS).to(tl.int32)
+    w_ptr += first * 8
+    packed_ptr += first * 8
+    scale_ptr += first
     block = tl.arange(0, BLOCKS)
-    inside = block < left
-    pairs = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    low, high = _unpair(tl.load(w_ptr + first * 8 + pairs, mask=inside[:, None], other=0), DTYPE)
-
-    packed, byte, _ = _quantize(low, high, tl.div_rn(1.0, tl.load(g_ptr + item)))
-    tl.store(scale_ptr + first + block, byte, mask=inside)
-    tl.store(packed_ptr + first * 8 + pairs, packed, mask=inside[:, None])
+    pair = tl.arange(0, 8)[None, :]
+    inv_g = tl.div_rn(1.0, tl.load(g_ptr + item))
+    words = tl.load(w_ptr + (block[:, None] * 8 + pair), mask=(block < left)[:, None], other=0)
+    for step in tl.static_range(STEPS):
+        following = words
+        if step + 1 < STEPS:
+            after = block[:, None] + (step + 1) * BLOCKS
+            following = tl.load(w_ptr + (after * 8 + pair), mask=after < left, other=0)
+        low, high = _unpair(words, DTYPE)
+        packed, byte, _ = _quantize(low, high, inv_g)
+        here = block + step * BLOCKS
+        tl.store(scale_ptr + here, byte, mask=here < left)
+        tl.store(packed_ptr + (here[:, None] * 8 + pair), packed, mask=(here < left)[:, None])
+        words = following
 
 
 @triton.jit(do_not_specialize=["blocks_per_item"])
@@ -254,6 +274,7 @@ def fake_quantize_kernel(
     A program works through ``STEPS`` tiles and loads the next one before it computes on the present one.
     """
     item, first, left = _tile(blocks_per_item, BLOCKS * STEPS)
+    left = tl.minimum(left, BLOCKS * STEPS).to(tl.int32)
     w_ptr += first * 8
     out_ptr += first * 8
     block = tl.arange(0, BLOCKS)[:, None]

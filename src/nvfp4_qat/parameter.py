@@ -7,6 +7,7 @@ Optimizer steps are also noted for the process as a whole (`last_step`) and on w
 parameter (`stepped`): flat parameters (FSDP1) and DTensors (FSDP2).
 """
 
+import importlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -61,6 +62,12 @@ class QATParameter(nn.Parameter):
         if "_written" not in self.__dict__:
             self._written = tick()
         return self._maybe_written, self._written
+
+
+# Optimizers choose their foreach implementation by the parameters' exact types.
+_foreach = getattr(importlib.import_module("torch.optim.optimizer"), "_foreach_supported_types", None)
+if isinstance(_foreach, list) and QATParameter not in _foreach:
+    _foreach.append(QATParameter)
 
 
 def check_adoptable(parameter: Tensor | None, name: str) -> None:

@@ -77,18 +77,21 @@ def packed_from_gather(gather: Gather, rank: int | None) -> Iterator[tuple[Quant
             f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
             "load_state_dict."
         )
-    return _undisturbed(gather, rank)
+    return _undisturbed(gather, rank, gather.version)
 
 
-def _undisturbed(gather: Gather, rank: int | None) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
-    version = gather.version
-    for found in _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank):
-        yield found
-        if gather.version != version:
+def _undisturbed(gather: Gather, rank: int | None, version: int) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    units = _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank)
+    while True:
+        if gather.stale or gather.version != version:
             raise MismatchError(
-                "the weights were packed again while packed_weights was being read: go on training when the stream is "
-                "exhausted, or the receiver gets a mixture of two steps"
+                "the weights changed while packed_weights was being read: go on training when the stream is exhausted, "
+                "or the receiver gets a mixture of two steps"
             )
+        found = next(units, None)
+        if found is None:
+            return
+        yield found
 
 
 def packed_from_shards(

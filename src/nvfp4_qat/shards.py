@@ -283,16 +283,15 @@ class ShardPacker:
         return list({s.mesh: None for s in self.shards if s.mesh is not None})
 
     def _reduced_amax(self, amax: Tensor) -> Tensor:
-        """The maximum over the ranks that divide each weight; replicas hold the same rows."""
-        meshes = list({s.mesh: None for s in self.shards if s.mesh is not None and s.world > 1})
-        for mesh in meshes:
-            group = mesh.get_group(mesh.ndim - 1)
-            if len(meshes) == 1:
-                dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
-                break
-            members = [s for s in self.shards if s.mesh == mesh and s.world > 1]  # other ranks hold other weights
+        """The maximum over all ranks that hold a weight, replicas included: NaN in one of them stops all."""
+        meshes = self._meshes()
+        if len(meshes) <= 1:
+            return self.reduced(amax)
+        for mesh in meshes:  # each has other ranks, which hold other weights
+            members = [s for s in self.shards if s.mesh == mesh]
             mine = torch.cat([amax[s.first : s.first + s.items] for s in members])
-            dist.all_reduce(mine, dist.ReduceOp.MAX, group=group)
+            for dim in range(mesh.ndim):
+                dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.get_group(dim))
             for s, values in zip(members, mine.split([s.items for s in members]), strict=True):
                 amax[s.first : s.first + s.items] = values
         return amax

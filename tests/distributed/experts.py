@@ -63,6 +63,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         ("grouped_mm", 1, MIXED),
         ("grouped_mm", 3, MIXED),
         ("grouped_mm", 4, MIXED),
+        ("batched_mm", 1, MIXED),
         ("batched_mm", 3, FULL),
         ("batched_mm", 4, MIXED),
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from helpers_distributed import Env, case
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import nvfp4_qat as nq
 from distributed.instruments import local
 from distributed.models import Decoder, decoder, uneven
-from distributed.pair import FULL, MIXED, Pair, Units, batch, full, layers, linears, loss_of, plain_adamw, same, shard
+from distributed.pair import MIXED, Pair, Units, batch, full, layers, linears, loss_of, plain_adamw, same, shard
 
 
 class Checkpointed(Decoder):
@@ -80,22 +80,22 @@ def compiled(backend: str, model: Decoder, units: Units, **options: Any) -> nn.M
     return shard(model, units, **options)
 
 
-@case(2, policy={"fp32": {"policy": FULL}, "mixed": {"policy": MIXED}})
-def compiled_blocks(env: Env, policy: MixedPrecisionPolicy) -> None:
+@case(2)
+def compiled_blocks(env: Env) -> None:
     """Blocks compiled as one graph each; this backend keeps every operation, so results stay equal to the bit."""
 
     def graphs() -> int:
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     torch._dynamo.reset()
-    pair = Pair(env, wrap=functools.partial(compiled, "aot_eager"), policy=policy)
+    pair = Pair(env, wrap=functools.partial(compiled, "aot_eager"), policy=MIXED)
     before = graphs()
     for _ in range(3):
         pair.step()
     pair.compare_forward()
     ours = graphs() - before
     torch._dynamo.reset()
-    plain = compiled("aot_eager", pair.plain, layers, mesh=env.mesh(), mp_policy=policy)
+    plain = compiled("aot_eager", pair.plain, layers, mesh=env.mesh(), mp_policy=MIXED)
     before = graphs()
     for step in range(3):
         loss_of(plain(batch(env.rank, step, env.device))).backward()

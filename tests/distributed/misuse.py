@@ -61,6 +61,15 @@ def partly_sharded(env: Env, of: Any) -> None:
 
 
 @case(2)
+def ignored_parameters(env: Env) -> None:
+    """`fully_shard(ignored_params=...)` leaves a weight whole, so nothing would quantize it."""
+    model = prepared(env)
+    shard(model, nothing, mesh=env.mesh(), ignored_params={model.get_parameter(NAME)})
+    message = raises_everywhere(REFUSED, lambda: model(x_of(env)))
+    assert NAME in message, message
+
+
+@case(2)
 def ddp_instead_of_fsdp(env: Env) -> None:
     from torch.nn.parallel import DistributedDataParallel
 

@@ -79,7 +79,6 @@ def bytes_without_resharding(env: Env) -> None:
 
 @case(
     2,
-    4,
     setup={
         "plain": {"policy": MIXED},
         "unit-per-layer": {"policy": FULL, "units": linears},

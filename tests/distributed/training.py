@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from helpers_distributed import Env, case
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import nvfp4_qat as nq
-from distributed.instruments import packing
+from distributed.instruments import Collectives, packing
 from distributed.models import WIDTH, Decoder, decoder, uneven
 from distributed.pair import (
     MIXED,
@@ -28,6 +29,7 @@ from distributed.pair import (
     loss_of,
     nothing,
     same,
+    same_stream,
     shard,
 )
 
@@ -89,7 +91,21 @@ def trains_as_module_mode(env: Env, **setup: object) -> None:
 
 @case(1, setup={"fp32": {}, "bf16": {"make": BF16}, "mixed": {"policy": MIXED, "units": linears}})
 def one_process(env: Env, **setup: object) -> None:
+    """A group of one rank: nothing is sent, all the rest is the same."""
     trains_as_module_mode(env, **setup)
+    pair = Pair(env, **setup)
+    with Collectives() as seen:
+        for _ in range(2):
+            pair.step(micros=2)
+    assert seen.gathered() == 0
+    masters = pair.twin.model.state_dict()
+    for name, tensor in get_model_state_dict(pair.model, options=StateDictOptions(full_state_dict=True)).items():
+        assert type(tensor) is Tensor
+        same(tensor, masters[name], name)
+    single = decoder(dtype=pair.plain.norm.weight.dtype).to(env.device)
+    single.load_state_dict(masters)
+    nq.apply_qat(single, ON)
+    same_stream(nq.packed_weights(pair.model), nq.packed_weights(single))
 
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD

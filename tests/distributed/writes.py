@@ -217,10 +217,36 @@ def reading_is_not_writing(env: Env) -> None:
     pair.step()
 
 
-def storage_of(pair: Pair) -> Tensor:
-    """Memory of this rank's rows, as a foreign kernel sees it: what `state_dict` handed out, kept from before."""
-    tensor = pair.model.state_dict()[NAME].to_local()
+def storage_of(tensor: Tensor) -> Any:
+    """The memory of what `state_dict` handed out, this rank's rows, as a foreign kernel sees it."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return tensor.numpy() if tensor.device.type == "cpu" else tensor.detach()
+
+
+@case(2)
+def an_optimizer_that_writes_to_raw_memory(env: Env) -> None:
+    """A `torch.optim.Optimizer` whose step goes through memory that nobody watches: its step is what tells."""
+
+    class Foreign(torch.optim.Optimizer):
+        def __init__(self, model: nn.Module) -> None:
+            parameters = dict(model.named_parameters())
+            super().__init__(parameters.values(), {})
+            state = model.state_dict()
+            self.pairs = [(p, storage_of(state[name])) for name, p in parameters.items()]
+
+        def step(self, closure: None = None) -> None:
+            for p, alias in self.pairs:
+                grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                if isinstance(alias, Tensor):
+                    alias.data.sub_(grad)
+                else:
+                    alias -= grad.numpy()
+
+    pair = Pair(env, reshard_after_forward=True)
+    pair.optimizer, pair.twin_optimizer = Foreign(pair.model), Foreign(pair.twin.model)
+    for _ in range(3):
+        pair.step()
+        pair.compare_forward()
 
 
 def write_unseen(alias: Any) -> None:
@@ -234,7 +260,7 @@ def write_unseen(alias: Any) -> None:
 def unseen_writes_stop_the_next_sync(env: Env, ranks: tuple[int, ...]) -> None:
     """Through memory nobody watches: every rank raises at packed_weights and names the weight; refresh mends it."""
     pair = Pair(env, reshard_after_forward=True)
-    alias = storage_of(pair)
+    alias = storage_of(pair.model.state_dict()[NAME])
     pair.step()
     pair.compare_forward()
     list(nq.packed_weights(pair.model))  # nothing to complain of
@@ -257,7 +283,7 @@ def unseen_writes_stop_the_next_sync(env: Env, ranks: tuple[int, ...]) -> None:
 def unseen_writes_reach_the_state_dict(env: Env) -> None:
     """A checkpoint is taken from the masters, so it holds what was written, noticed or not."""
     pair = Pair(env, reshard_after_forward=True)
-    alias = storage_of(pair)
+    alias = storage_of(pair.model.state_dict()[NAME])
     pair.compare_forward()
     before = full(pair.parameters()[NAME]).clone()
     write_unseen(alias)
