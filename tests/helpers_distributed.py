@@ -51,6 +51,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 LIMIT = 90.0
 """Seconds a case may take, and the processes to start, before they count as hanging."""
+GIVE_UP = 8
+"""Groups of processes in a row in which no case passed, after which the remaining cases are not tried."""
 PATIENCE = 8.0
 """Seconds the other ranks get to finish a case that failed on one."""
 
@@ -203,6 +205,7 @@ class Group:
     _progress: float = 0.0
     _read: dict[Path, int] = field(default_factory=dict)
     _started: set[str] = field(default_factory=set)
+    _in_vain: int = 0
 
     def __enter__(self) -> Group:
         return self
@@ -282,6 +285,15 @@ class Group:
         broken = [name for name in missing if name in self._started]
         if not self._started:  # the next processes would not start either
             broken = missing
+        passed = any(
+            all(
+                result["outcome"] != "failed" for result in self._results.get(name, {0: {"outcome": "failed"}}).values()
+            )
+            for name in self._started
+        )
+        self._in_vain = 0 if passed else self._in_vain + 1
+        if self._in_vain == GIVE_UP:
+            reason, broken = f"not tried after {GIVE_UP} failures in a row; the last group: {reason}", missing
         for name in broken:
             for rank in range(self.world):
                 stack = _text(here / f"{rank}.stack") or "no stack was written"

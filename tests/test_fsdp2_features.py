@@ -4,8 +4,6 @@ import pytest
 from distributed import experts, features
 from helpers_distributed import cases, group
 
-pytestmark = pytest.mark.xfail(strict=False, reason="gather mode is being finished")
-
 two = group(features, experts, world=2)
 
 

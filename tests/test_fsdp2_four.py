@@ -4,8 +4,6 @@ import pytest
 from distributed import hsdp, own_gather, traffic
 from helpers_distributed import cases, group
 
-pytestmark = pytest.mark.xfail(strict=False, reason="gather mode is being finished")
-
 four = group(hsdp, traffic, own_gather, world=4)
 
 

@@ -4,8 +4,6 @@ import pytest
 from distributed import own_gather
 from helpers_distributed import cases, group
 
-pytestmark = pytest.mark.xfail(strict=False, reason="gather mode is being finished")
-
 two = group(own_gather, world=2)
 
 

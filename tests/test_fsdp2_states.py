@@ -4,8 +4,6 @@ import pytest
 from distributed import checkpoints, sync
 from helpers_distributed import cases, group
 
-pytestmark = pytest.mark.xfail(strict=False, reason="gather mode is being finished")
-
 two = group(checkpoints, sync, world=2)
 
 

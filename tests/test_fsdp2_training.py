@@ -4,8 +4,6 @@ import pytest
 from distributed import training
 from helpers_distributed import cases, group
 
-pytestmark = pytest.mark.xfail(strict=False, reason="gather mode is being finished")
-
 one = group(training, world=1)
 two = group(training, world=2)
 
