@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_models import stack, straight_through
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nvfp4_qat as nq
@@ -113,6 +114,47 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     model.lm_head(h).square().sum().backward()
     assert_same(grads(model), expected)
     assert torch.equal(x.grad, expected_x)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_activation_checkpointing_recomputes_no_product_in_vain(bias):
+    counts = []
+    for config in (None, ON):
+        model = stack(bias=bias)
+        if config is not None:
+            nq.apply_qat(model, config)
+        h = torch.randn(4, 32)
+        with Products() as products:
+            for block in model.blocks:
+                h = checkpoint(block, h, use_reentrant=False)
+            h.square().sum().backward()
+        counts.append(products.count)
+    # Two blocks of three layers: forward, recomputation of all but the last, two gradients (one for the first input).
+    assert counts[0] == counts[1] == 2 * (3 + 2 + 6) - 2
+
+
+def test_the_output_is_an_ordinary_tensor():
+    linear = nn.Linear(32, 16)
+    nq.apply_qat(nn.ModuleDict({"proj": linear}), ON)
+    y = linear(torch.randn(3, 5, 32))
+    assert y.shape == (3, 5, 16) and y.is_contiguous() and not y._is_view() and y._version == 0
+    assert y.untyped_storage().size() == y.nbytes
+    y.relu_().sum().backward()  # written in place, as a bf16 model may
+    assert linear.weight.grad is not None and bool(linear.weight.grad.any())
+    with torch.no_grad():
+        assert not linear(torch.randn(5, 32)).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

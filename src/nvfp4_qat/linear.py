@@ -83,8 +83,6 @@ class _Linear(torch.autograd.Function):
         w, generation = read(master, handle, x.dtype)
         ctx.dtype, ctx.shape = x.dtype, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, handle, generation)
-        if not torch.compiler.is_compiling():
-            ctx.keep_alive = PackedWeight.lookup(handle)  # the model may be dropped before backward
         return F.linear(x, w, bias)
 
     @staticmethod
@@ -104,6 +102,38 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_master, grad_bias, None
 
 
+class _EagerLinear(_Linear):
+    """`_Linear` in two steps, the product being the second (`_linear`): this only records what backward needs.
+
+    Activation checkpointing stops a recomputation at the last tensor that is saved. What a function saves counts when
+    its forward has returned: with the product inside, a block's last linear layer would be computed once more for
+    nothing, where autograd's own linear, which saves before it multiplies, is not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+        ctx.keep_alive = weight = PackedWeight.lookup(handle)  # the model may be dropped before backward
+        ctx.dtype, ctx.shape = x.dtype, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, handle, weight.ensure(master))
+        shape = *x.shape[:-1], master.shape[0]
+        return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one element
+
+
+def _linear(x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        result: Tensor = _Linear.apply(x, master, bias, handle)  # type: ignore[no-untyped-call]
+        return result
+    weight = PackedWeight.lookup(handle)
+    if not torch.is_grad_enabled():
+        weight.ensure(master)
+        return F.linear(x, weight.current(master, x.dtype), bias)
+    result = _EagerLinear.apply(x, master, bias, handle)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        product = F.linear(x, weight.current(master, x.dtype), bias)
+    result.data = product
+    return result
+
+
 class QATLinear(QATModule, nn.Linear):
     """An `nn.Linear` whose forward sees its weight through NVFP4. Made by `nvfp4_qat.apply_qat`, not constructed."""
 
@@ -118,8 +148,7 @@ class QATLinear(QATModule, nn.Linear):
                 input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         if input.dtype != dtype:
             raise RuntimeError(f"expected an input of dtype {dtype}, but got {input.dtype}")
-        result: Tensor = _Linear.apply(input, self.weight, bias, self._qat_handle)  # type: ignore[no-untyped-call]
-        return result
+        return _linear(input, self.weight, bias, self._qat_handle)
 
     @property
     def _qat_handle(self) -> Tensor:

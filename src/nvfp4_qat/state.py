@@ -229,12 +229,14 @@ class PackedWeight:
     def clone(self) -> ops.PackedNVFP4:
         return ops.PackedNVFP4(*(t.clone() for t in self._tensors()))
 
-    def read(self, master: Tensor, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight, packing first if the master changed.
+    def ensure(self, master: Tensor) -> Tensor:
+        """Bring the packed copy (or, sharded, the global scale) up to date if the master changed.
 
         Args:
             master: what the caller takes for the master weight.
-            dtype: of the result.
+
+        Returns:
+            Which generation of the packed copy that is, int64 ``[]`` on the CPU, for `read_again`.
 
         Raises:
             MismatchError: ``master`` is another tensor than the module's parameter.
@@ -260,16 +262,20 @@ class PackedWeight:
             )
         if group.window is None:
             group.ensure_fresh()
-            return self.kept(dtype)
-        if group.window.stale(group):
+        elif group.window.stale(group):
             with packing:
                 if group.window.stale(group):
                     group.window.renew(self)
-        return window.fake_quantized(master, self, dtype)
+        return torch.tensor(self.generation, device="cpu")
+
+    def current(self, master: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, after `ensure`."""
+        return self.kept(dtype) if self.group.window is None else window.fake_quantized(master, self, dtype)
 
     def read_generation(self, master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`read`, and which generation of the packed copy it was, int64 ``[]`` on the CPU, for `read_again`."""
-        return self.read(master, dtype), torch.tensor(self.generation, device="cpu")
+        """The dequantized weight in ``dtype``, packed first if the master changed, and what `ensure` returns."""
+        generation = self.ensure(master)
+        return self.current(master, dtype), generation
 
     def read_again(self, master: Tensor, dtype: torch.dtype, generation: int) -> Tensor:
         """The dequantized weight that a forward saw, for its backward.
@@ -277,13 +283,13 @@ class PackedWeight:
         Args:
             master: what the forward took for the master weight; sharded ones are quantized again.
             dtype: of the result.
-            generation: what `read_generation` gave the forward.
+            generation: what `ensure` gave the forward.
 
         Raises:
             MismatchError: the weight has changed since.
         """
         self.check_generation(generation)
-        return self.kept(dtype) if self.group.window is None else window.fake_quantized(master, self, dtype)
+        return self.current(master, dtype)
 
     def refill(self, out: Tensor, generation: int) -> None:
         """`read_again` into a given tensor, from what the module shows now."""
