@@ -36,10 +36,10 @@ from torch.distributed.tensor import DTensor
 
 from .errors import MismatchError, UserError
 from .fsdp import Memory, ShardedMaster
-from .gather_unit import GatherUnit
+from .gather_unit import ROOM, TOKEN, GatherUnit
 from .naming import canonical_name
 from .plan import QuantizedTensor, QuantPlan
-from .shards import Shard, ShardPacker, Unit
+from .shards import Shard, ShardPacker, Unit, aligned
 from .streams import StreamOrder
 
 
@@ -289,7 +289,7 @@ class Gather:
             _check_group(group, found)
             shards = [self._shard(p, w) for p, w in found]
             with torch.inference_mode(False):  # training may follow
-                units.append((group, found, Unit(shards, group.device)))
+                units.append((group, found, Unit(shards, group.device, _room(group, found))))
         found_names = {w.name for _, found, _ in units for _, w in found}
         missing = [name for name in self.weights if name not in found_names]
         if missing:
@@ -339,6 +339,15 @@ def _param_groups(model: nn.Module) -> Iterator[Any]:
                 if group is not None and id(group) not in seen:
                     seen.add(id(group))
                     yield group
+
+
+def _room(group: Any, found: Iterable[tuple[Any, GatherWeight]]) -> int:
+    """Bytes of this rank that FSDP2 gathers for a unit besides the packed ones; 0 if they are too many."""
+    quantized = {id(fsdp_param) for fsdp_param, _ in found}
+    others = [p for p in group.fsdp_params if id(p) not in quantized]
+    sizes = [p.padded_sharded_param_size.numel() * (p.param_dtype or p.orig_dtype).itemsize for p in others]
+    room = aligned(TOKEN + sum(sizes))
+    return room if room <= ROOM else 0
 
 
 def _check_group(group: Any, found: Iterable[tuple[Any, GatherWeight]]) -> None:

@@ -3,11 +3,11 @@
 FSDP2 copies what the parameters hand it into one buffer, gathers that, and copies the result into a buffer for each
 parameter. For bytes that already lie in one buffer, and that a kernel reads anyway, both copies are a waste. So the
 unit's all-gather is wrapped (`PackedAllGather`): where FSDP2 allocates its output, room for the packed bytes of all
-ranks is added, and where it gathers, they are gathered straight from the packed shard. Streams, order, waiting and the
-life of the memory are those of FSDP2's own gather. The first weight of the unit only hands it a token, because FSDP2
-wants to gather something.
+ranks is added, and what FSDP2 has to gather besides (norms, biases) is put behind this rank's packed bytes, so that one
+collective brings both. Streams, order, waiting and the life of the memory are those of FSDP2's own gather. The first
+weight of the unit only hands FSDP2 a token, because it wants to gather something for every unit.
 
-Small units are not worth the second collective, and an all-gather of another kind that somebody has given the unit
+In small units the copies cost less than this, and an all-gather of another kind that somebody has given the unit
 (symmetric memory, for instance) is left alone: the first weight then hands FSDP2 the packed buffer like any other
 tensor.
 
@@ -29,7 +29,10 @@ TOKEN = 16
 """Bytes; a multiple of every element size, so that FSDP2's buffers stay aligned."""
 
 WORTH = 1 << 24
-"""Gathered bytes from which sparing the copies is worth one more collective."""
+"""Gathered bytes from which sparing the copies is worth the trouble."""
+
+ROOM = 1 << 22
+"""Bytes of a rank that may be put behind its packed bytes. More of them go in a collective of their own."""
 
 WRAPPED = ("DefaultAllGather", "ProcessGroupAllocAllGather")
 """FSDP2's all-gathers that allocate plain memory."""
@@ -105,7 +108,7 @@ class GatherUnit:
         source = self.packed.buffer if self.packed.world == 1 else self._bytes
         if self._token_sent and self._comm is not None:
             source = self._comm.take()
-        if source is None or source.numel() != self.packed.world * self.packed.nbytes:
+        if source is None or source.numel() < self.packed.world * self.packed.nbytes:
             raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered as a whole")
         with torch.no_grad():
             self._unpacks(source, g, self._outs)
@@ -124,7 +127,7 @@ class GatherUnit:
 
 
 class PackedAllGather:
-    """An all-gather of FSDP2 that brings the packed bytes of a unit along, in a collective of their own.
+    """An all-gather of FSDP2 that brings the packed bytes of a unit along.
 
     Args:
         inner: what does the gathering.
@@ -139,19 +142,30 @@ class PackedAllGather:
         self._work: Any = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """FSDP2's output, behind room for the packed bytes of all ranks: both live as long as one of them is held."""
-        start = self._packed.world * self._packed.nbytes
+        """FSDP2's output, behind room for the bytes of all ranks: both live as long as one of them is held."""
         nbytes = math.prod(int(n) for n in size) * dtype.itemsize
+        joint = nbytes <= self._packed.world * self._packed.tail.numel()
+        start = self._packed.world * (self._packed.memory if joint else self._packed.buffer).numel()
         whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
         self._gathered = whole[:start]
         return whole[start:].view(dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        self._work = self.inner(self._gathered, self._packed.buffer, group, async_op)
-        return self.inner(output_tensor, input_tensor, group, async_op)
+        packed, gathered = self._packed, self._gathered
+        assert gathered is not None
+        mine = packed.memory[: gathered.numel() // packed.world]
+        if async_op or mine.numel() == packed.nbytes:  # no time to copy the output, or no room for the input
+            self._work = self.inner(gathered, mine, group, async_op)
+            return self.inner(output_tensor, input_tensor, group, async_op)
+        n = input_tensor.nbytes
+        packed.tail[:n].copy_(input_tensor.view(torch.uint8))
+        work = self.inner(gathered, mine, group)
+        rest = gathered.view(packed.world, -1)[:, packed.nbytes : packed.nbytes + n]
+        output_tensor.view(torch.uint8).view(packed.world, n).copy_(rest)
+        return work
 
     def take(self) -> Tensor | None:
-        """The bytes gathered last, to be read on the current stream."""
+        """The bytes gathered last, to be read on the current stream: a chunk for each rank, its packed bytes first."""
         work, gathered = self._work, self._gathered
         self._work = self._gathered = None
         if work is not None:

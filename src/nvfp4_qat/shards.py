@@ -101,16 +101,18 @@ class Unit:
     Args:
         shards: at least one; all divided over the same ranks.
         device: where the packed bytes live.
+        room: bytes behind the packed shards for what is gathered with them, a multiple of 16.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
+    def __init__(self, shards: Sequence[Shard], device: torch.device, room: int = 0) -> None:
         self.shards, self.world, self.device = list(shards), shards[0].world, device
         blocks = [s.padded_rows * s.row_blocks for s in shards]
         ends = list(accumulate(
-            (_aligned(n) for n in (*(b * BLOCK // 2 for b in blocks), *blocks)), initial=0
+            (aligned(n) for n in (*(b * BLOCK // 2 for b in blocks), *blocks)), initial=0
         ))  # fmt: skip
         self.codes_at, self.scale_at, self.nbytes = ends[: len(blocks)], ends[len(blocks) : -1], ends[-1]
-        self.buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(self.nbytes + room, dtype=torch.uint8, device=device)
+        self.buffer, self.tail = self.memory[: self.nbytes], self.memory[self.nbytes :]
         self._blocks = blocks
 
     @property
@@ -164,7 +166,8 @@ class Unit:
         return found
 
 
-def _aligned(n: int) -> int:
+def aligned(n: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
@@ -316,7 +319,7 @@ class _Stage:
         device = self._memory.device
         if all(m.device == device for m in masters):
             return list(masters)
-        ends = list(accumulate((_aligned(m.nbytes) for m in masters), initial=0))
+        ends = list(accumulate((aligned(m.nbytes) for m in masters), initial=0))
         if ends[-1] > self._memory.numel():
             self._memory = torch.empty(ends[-1], dtype=torch.uint8, device=device)
         found = []

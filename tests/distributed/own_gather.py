@@ -1,7 +1,8 @@
-"""The main cases once more, with the packed bytes in a collective of their own.
+"""The main cases once more, with an all-gather of our own.
 
 Where a unit is large, its packed bytes do not pass through FSDP2's buffers but are gathered beside them
-(`nvfp4_qat.gather_unit`). The models of these tests are small, so that is forced here.
+(`nvfp4_qat.gather_unit`). The models of these tests are small, so that is forced here; and in some cases, that what
+FSDP2 gathers besides is too much to be copied.
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ from unittest import mock
 from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
-from nvfp4_qat import gather_unit
+from nvfp4_qat import gather, gather_unit
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
+APART = "-two-gathers"
 
 
 def forced(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(env: Env, **arguments: Any) -> None:
         with mock.patch.object(gather_unit, "WORTH", 0):
+            function(env, **arguments)
+
+    return run
+
+
+def apart(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(env: Env, **arguments: Any) -> None:
+        with mock.patch.object(gather_unit, "WORTH", 0), mock.patch.object(gather, "ROOM", 0):
             function(env, **arguments)
 
     return run
@@ -59,3 +70,5 @@ again(
     OWN,
     one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]", "bytes_of_two_shards"),
 )
+again(training, 2, HERE, apart, APART, one_of("trains_as_module_mode[mixed]", "trains_as_module_mode[uneven]"))
+again(features, 2, HERE, apart, APART, one_of("explicit_unshard[async]"))

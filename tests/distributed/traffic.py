@@ -48,10 +48,10 @@ def bytes_gathered(env: Env, **setup: Any) -> None:
 
 
 def _check_gathers(seen: Collectives, expected: int, units: int) -> None:
-    """The bytes, but for at most 16 a unit; at most two calls a unit, and nothing else but reductions of gradients."""
+    """The bytes, but for at most 16 a unit; one call a unit, and nothing else but reductions of gradients."""
     assert expected <= seen.gathered() <= expected + 16 * units, f"{seen.gathered()} bytes instead of {expected}"
     gathers = [call for call in seen.calls if call.kind == "gather"]
-    assert units <= len(gathers) <= 2 * units, gathers
+    assert len(gathers) == units, gathers
     others = {call.kind for call in seen.calls if call.kind != "gather"}
     assert others <= {"_reduce_scatter_base", "reduce_scatter_single"}, others
 
