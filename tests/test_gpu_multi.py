@@ -76,6 +76,21 @@ class Model:
                 expected = torch.empty_like(w)
                 launch.fake_quantize(w.view(n, -1, 16), g[first : first + n], expected.view(n, -1, 16))
                 assert same(out, expected)
+        self.check_comparing(g)
+
+    def check_comparing(self, g: Tensor) -> None:
+        """Nothing differs; with a bit flipped in the last byte of each weight's codes or scales, the last item does."""
+        packs, filled = self.packs(), [i for i, w in enumerate(self.weights) if w.numel()]
+        for places, size in (([], 1), (self.codes, 2), (self.scales, 16)):
+            ends = [places[i] + self.weights[i].numel() // size - 1 for i in filled] if places else []
+            at = torch.tensor(ends, dtype=torch.int64, device="cuda")
+            self.buffer[at] ^= 0x40
+            differs = torch.zeros(self.n, dtype=torch.int32, device="cuda")
+            packs.compare(g, differs)
+            self.buffer[at] ^= 0x40
+            expected = torch.zeros_like(differs)
+            expected[[self.first[i] + self.items[i] - 1 for i in filled if places]] = 1
+            assert same(differs, expected)
 
     def part(self, i: int) -> UnpackPart:
         """Weight i in the buffer, taken for the bytes of one rank."""

@@ -196,6 +196,36 @@ def test_packing_and_amax_in_one_pass(mode: Mode) -> None:
     assert torch.equal(amax.cpu(), expected)
 
 
+def test_comparing_finds_every_byte(mode: Mode) -> None:
+    made = Packed(mode)
+    g = some_g(made.n).to(mode.device)
+    made.packs(g)
+
+    def differing() -> list[int]:
+        found = mode.zeros(made.n)
+        made.packs.compare(g, found)
+        made_of = made.buffer.clone()
+        assert set(found.tolist()) <= {0, 1} and torch.equal(made.buffer, made_of)
+        return [i for i, flag in enumerate(found.tolist()) if flag]
+
+    assert differing() == []
+    generator = torch.Generator().manual_seed(0)
+    for round_ in range(4):  # a bit in each tensor at once: in the first and last byte, and anywhere; codes and scales
+        flipped, expected = torch.zeros_like(made.buffer), set()
+        for w, n, first, places in zip(made.tensors, made.items, made.first, made.places, strict=True):
+            if w.numel():
+                place = places[round_ % 2]
+                size = (place.stop - place.start) // n  # bytes of an item
+                at = (0, size * n - 1, *torch.randint(size * n, (2,), generator=generator).tolist())[round_]
+                flipped[place.start + at] = 1 << int(torch.randint(8, (), generator=generator))
+                expected.add(first + at // size)
+        made.buffer ^= flipped
+        assert differing() == sorted(expected), round_
+        made.buffer ^= flipped
+    made.buffer[[s.stop for _, s in made.places]] ^= 0xFF  # between the tensors
+    assert differing() == []
+
+
 def test_packing_only_some(mode: Mode) -> None:
     made = Packed(mode)
     g, amax = some_g(made.n).to(mode.device), mode.zeros(made.n)

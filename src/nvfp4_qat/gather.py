@@ -243,16 +243,10 @@ class Gather:
             amax = packer.amax()
             packer.check(amax.cpu())
             moved = packer.scales(amax) != packer.g
-            flags = []
-            for unit in self.units:
-                fresh = unit.packed.packed_views(packer.repacked(unit.packed, packer.g))
-                kept = unit.packed.packed_views(unit.packed.buffer)
-                for s, new, old in zip(unit.packed.shards, fresh, kept, strict=True):
-                    same = all(torch.equal(a, b) for a, b in zip(new, old, strict=True))
-                    flags.append(moved[s.first : s.first + s.items].any() | (not same))
+            flags = packer.reduced(torch.maximum(packer.differing(), moved.int()))
             self.streams.packed()
-            changed = packer.reduced(torch.stack(flags).int()).tolist()
-        return [shard.name for shard, flag in zip(packer.shards, changed, strict=True) if flag]
+            changed = flags.cpu().numpy()
+        return [s.name for s in packer.shards if changed[s.first : s.first + s.items].any()]
 
     def check_sharded(self) -> None:
         """Raise `UserError` unless every planned weight is in some FSDP unit, and `MismatchError` if one is lost."""

@@ -138,14 +138,16 @@ class PackedAllGather:
 
     def __init__(self, inner: Any, packed: Unit) -> None:
         self.inner, self._packed = inner, packed
+        self._room, self._alone, self._joint = (
+            packed.world * t.numel() for t in (packed.tail, packed.buffer, packed.memory)
+        )
         self._gathered: Tensor | None = None
         self._work: Any = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's output, behind room for the bytes of all ranks: both live as long as one of them is held."""
-        nbytes = math.prod(int(n) for n in size) * dtype.itemsize
-        joint = nbytes <= self._packed.world * self._packed.tail.numel()
-        start = self._packed.world * (self._packed.memory if joint else self._packed.buffer).numel()
+        nbytes = math.prod(map(int, size)) * dtype.itemsize
+        start = self._joint if nbytes <= self._room else self._alone
         whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
         self._gathered = whole[:start]
         return whole[start:].view(dtype)
@@ -153,14 +155,14 @@ class PackedAllGather:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         packed, gathered = self._packed, self._gathered
         assert gathered is not None
-        mine = packed.memory[: gathered.numel() // packed.world]
-        if async_op or mine.numel() == packed.nbytes:  # no time to copy the output, or no room for the input
-            self._work = self.inner(gathered, mine, group, async_op)
+        joint = gathered.numel() > self._alone
+        if async_op or not joint:  # no time to copy the output, or no room for the input
+            self._work = self.inner(gathered, packed.memory if joint else packed.buffer, group, async_op)
             return self.inner(output_tensor, input_tensor, group, async_op)
-        n = input_tensor.nbytes
+        n, chunk = input_tensor.nbytes, packed.memory.numel()
         packed.tail[:n].copy_(input_tensor.view(torch.uint8))
-        work = self.inner(gathered, mine, group)
-        rest = gathered.view(packed.world, -1)[:, packed.nbytes : packed.nbytes + n]
+        work = self.inner(gathered, packed.memory, group)
+        rest = gathered.as_strided((packed.world, n), (chunk, 1), gathered.storage_offset() + packed.nbytes)
         output_tensor.view(torch.uint8).view(packed.world, n).copy_(rest)
         return work
 

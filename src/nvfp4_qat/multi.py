@@ -277,6 +277,29 @@ class Packs(_Tensors):
                         table.rows, g, g if amax is None else amax, AMAX=amax is not None, **table.options
                     )
 
+    def compare(self, g: Tensor, differs: Tensor) -> None:
+        """Find out what a call would change, without changing it.
+
+        Args:
+            g: as for a call.
+            differs: contiguous int32; 1 is written at ``first[i] + j`` if part j of tensor i has other bytes.
+        """
+        assert g.is_contiguous() and g.dtype == torch.float32
+        assert differs.is_contiguous() and differs.dtype == torch.int32
+        for i in self._alone:
+            w, n, part = self._tensors[i], self._items[i], self._part(i)
+            kept = [r[i].view(n, -1, size) for r, size in zip(self._results, (CODES, 1), strict=True)]
+            fresh = [torch.empty_like(t) for t in kept]
+            ops.quantize_into(w.view(n, -1, BLOCK), g[part], *fresh)
+            for old, new in zip(kept, fresh, strict=True):
+                differs[part] |= (old != new).flatten(1).any(1)
+        if self._tables:
+            from . import launch, multi_kernels
+
+            with launch.on_device(g):
+                for table in self._tables:
+                    multi_kernels.multi_compare_kernel[table.grid](table.rows, g, differs, **table.options)
+
 
 class UnpackPart(NamedTuple):
     """Where a weight lies in the gathered bytes.

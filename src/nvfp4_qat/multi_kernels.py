@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The three Triton kernels for many tensors at once (amax, quantize, dequantize); `multi` builds their tables.
+"""The Triton kernels for many tensors at once (amax, quantize, compare, dequantize); `multi` builds their tables.
 
 The arithmetic is that of `kernels`; here is how a program finds its work. `multi` cuts the tensors, flat lists of
 blocks of 16, into *spans*: at most a fixed number of blocks that lie in one item (a part with one global scale). Each
@@ -9,7 +9,8 @@ span has a row of four int64 in a table on the device:
 kernel      0                  1                  2                             3
 ==========  =================  =================  ============================  ========================================
 amax        address of values  unused             unused                        blocks in the span, and above bit 32 the
-quantize    address of values  address of codes   address of block scales       item's index in ``g`` or in the amaxes
+quantize,   address of values  address of codes   address of block scales       item's index in ``g`` or in the amaxes
+compare
 dequantize  offset of codes    offset of scales   8 · first block + which out   (the same)
 ==========  =================  =================  ============================  ========================================
 
@@ -137,6 +138,37 @@ def multi_quantize_kernel(
         if AMAX:
             bits = _to_bf16(tl.max(largest))
             tl.atomic_max(amax_ptr + index, bits, mask=bits > seen, sem="relaxed")
+
+
+@triton.jit
+def multi_compare_kernel(
+    table_ptr,
+    g_ptr,
+    differs_ptr,
+    DTYPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """``differs[index] = 1`` for every span where `multi_quantize_kernel` would write other bytes than are there."""
+    row_ptr, start, count, index = _share(table_ptr, BLOCKS, STEPS, PROGRAMS)
+    address, codes, scales = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
+    if start < count:
+        w_ptr, codes_ptr, scale_ptr = _words_at(address, DTYPE), _at(codes, tl.uint8, 8), _at(scales, tl.uint8, 1)
+        inv_g = tl.div_rn(1.0, tl.load(g_ptr + index))
+        differences = tl.zeros([BLOCKS], dtype=tl.int32)
+        for _ in tl.static_range(STEPS):
+            low, high = _unpair(_load_words(w_ptr, start, count, BLOCKS), DTYPE)
+            packed, byte, amax = _quantize(low, high, inv_g)
+            block = start + tl.arange(0, BLOCKS)
+            inside = block < count
+            old = tl.load(codes_ptr + (block[:, None] * 8 + tl.arange(0, 8)[None, :]), mask=inside[:, None], other=0)
+            old_byte = tl.load(scale_ptr + block, mask=inside, other=0)
+            other = tl.max((old ^ packed).to(tl.int32), axis=1) | (old_byte ^ byte).to(tl.int32)
+            differences |= tl.where(inside, other, 0)
+            start += BLOCKS
+        found = tl.max(differences)
+        tl.atomic_max(differs_ptr + index, (found > 0).to(tl.int32), mask=found > 0, sem="relaxed")
 
 
 @triton.jit

@@ -16,7 +16,8 @@ crosses a power of two times 2688, which is rare.
 One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -60,34 +61,19 @@ class Shard:
     first: int = field(default=-1, init=False)
     """Index of its first global scale in the packer's vectors."""
 
-    @property
-    def items(self) -> int:
+    def __post_init__(self) -> None:
+        self.items = self.shape[0] if self.batch_dims else 1
         """How many global scales the whole weight has."""
-        return self.shape[0] if self.batch_dims else 1
-
-    @property
-    def padded_rows(self) -> int:
+        self.padded_rows = -(-self.shape[0] // self.world)
         """Rows of a full shard: what every rank has a place for."""
-        return -(-self.shape[0] // self.world)
-
-    @property
-    def start(self) -> int:
+        self.start = min(self.rank * self.padded_rows, self.shape[0])
         """First row that this rank holds."""
-        return min(self.rank * self.padded_rows, self.shape[0])
-
-    @property
-    def rows(self) -> int:
+        self.rows = min(self.padded_rows, self.shape[0] - self.start)
         """Rows that this rank holds."""
-        return min(self.padded_rows, self.shape[0] - self.start)
-
-    @property
-    def row_blocks(self) -> int:
+        self.row_blocks = torch.Size(self.shape[1:]).numel() // BLOCK
         """Blocks of 16 in a row."""
-        return torch.Size(self.shape[1:]).numel() // BLOCK
-
-    @property
-    def local_items(self) -> int:
-        return self.rows if self.batch_dims else min(1, self.rows)
+        self.local_shape = (self.rows, *self.shape[1:])
+        self.local_items = self.rows if self.batch_dims else min(1, self.rows)
 
     @property
     def local_first(self) -> int:
@@ -131,12 +117,12 @@ class Unit:
     def unpacks(self) -> Unpacks:
         return Unpacks(self.parts(), self.world, self.device)
 
-    def packed_views(self, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Codes and block scales of the local rows of each weight, flat, as views of a buffer of this layout."""
+    def packed_views(self) -> list[tuple[Tensor, Tensor]]:
+        """Codes and block scales of the local rows of each weight, flat, as views of the buffer."""
         views = []
         for s, codes, scale in zip(self.shards, self.codes_at, self.scale_at, strict=True):
             n = s.rows * s.row_blocks
-            views.append((buffer[codes : codes + n * BLOCK // 2], buffer[scale : scale + n]))
+            views.append((self.buffer[codes : codes + n * BLOCK // 2], self.buffer[scale : scale + n]))
         return views
 
     def whole(self, gathered: Tensor, g: Tensor) -> list[ops.PackedNVFP4]:
@@ -253,11 +239,15 @@ class ShardPacker:
             chunk.pack_moved(self.g, moved)
         return [*units, *rest]
 
-    def repacked(self, unit: Unit, g: Tensor) -> Tensor:
-        """This rank's buffer of a unit as it would be packed now with given global scales, in new memory."""
-        buffer = torch.zeros_like(unit.buffer)
-        _Chunk([unit], self._stage, [buffer]).pack(g)
-        return buffer
+    def differing(self) -> Tensor:
+        """Which weights would be packed otherwise with the present global scales: int32, one for each of those.
+
+        1 where an item of the local shard has other bytes than are in its unit's buffer, else 0.
+        """
+        differs = torch.zeros_like(self._amax)
+        for chunk in self._chunks(self.units):
+            chunk.compare(self.g, differs)
+        return differs
 
     def check(self, amax: Tensor) -> None:
         """Raise `UserError` with the name of the first weight that cannot be quantized; ``amax`` is on the host."""
@@ -335,11 +325,10 @@ class _Chunk:
     The tables know addresses only: masters that are moved away must not be kept alive.
     """
 
-    def __init__(self, units: Sequence[Unit], stage: _Stage, buffers: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, units: Sequence[Unit], stage: _Stage) -> None:
         self.shards = [s for unit in units for s in unit.shards]
         self._stage = stage
-        targets = buffers if buffers is not None else [unit.buffer for unit in units]
-        self._packed = [view for unit, t in zip(units, targets, strict=True) for view in unit.packed_views(t)]
+        self._packed = [view for unit in units for view in unit.packed_views()]
         self._amaxes: Amaxes | None = None
         self._packs: Packs | None = None
 
@@ -352,12 +341,20 @@ class _Chunk:
             self._amaxes = None
 
     def pack(self, g: Tensor, amax: Tensor | None = None, only: Sequence[int] | None = None) -> None:
+        with self._tables() as (packs, masters):
+            (packs if only is None else packs.only(only, masters))(g, amax)
+
+    def compare(self, g: Tensor, differs: Tensor) -> None:
+        with self._tables() as (packs, _):
+            packs.compare(g, differs)
+
+    @contextmanager
+    def _tables(self) -> Iterator[tuple[Packs, list[Tensor]]]:
         masters = self._masters()
         if self._packs is None or not self._packs.fits(masters):
             packed, scale = [p for p, _ in self._packed], [s for _, s in self._packed]
             self._packs = Packs(masters, *self._items(), packed, scale)
-        packs = self._packs if only is None else self._packs.only(only, masters)
-        packs(g, amax)
+        yield self._packs, masters
         if not self._packs.release():
             self._packs = None
 
@@ -379,5 +376,5 @@ class _Chunk:
         for shard, master in zip(self.shards, masters, strict=True):
             if master.is_meta:
                 raise UserError(f"{shard.name} is on the meta device and holds no data: load the weights first")
-            assert tuple(master.shape) == (shard.rows, *shard.shape[1:]), (shard.name, master.shape, shard.rows)
+            assert master.shape == shard.local_shape, (shard.name, master.shape, shard.local_shape)
         return self._stage.brought(masters)
