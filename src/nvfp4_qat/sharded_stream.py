@@ -10,7 +10,7 @@ nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from .plan import QuantizedTensor, QuantPlan
 from .shards import Shard, ShardPacker, Unit
 
 T = TypeVar("T")
+
+BUCKET = 1 << 25
+"""Bytes that tensors which are gathered together may have in full; a larger one is gathered alone."""
 
 
 def reshard(model: nn.Module) -> None:
@@ -55,12 +58,49 @@ def check_finite(tensors: dict[str, ModelTensor]) -> None:
         )
 
 
+class _Plain(NamedTuple):
+    """A tensor that is not 4-bit, and the dtype in which a checkpoint stores it."""
+
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """What its rows are divided over, all other mesh dimensions having replicas; None: it lies otherwise."""
+        if not isinstance(self.tensor, DTensor):
+            return None
+        *outer, last = self.tensor.placements
+        rows = _on_rows(last) and all(isinstance(p, Replicate) for p in outer)
+        return self.tensor.device_mesh if rows else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+
 def whole_tensors(tensors: dict[str, ModelTensor], rank: int | None) -> Iterator[tuple[str, Tensor]]:
-    """Gather tensors one by one, in their stored dtypes; only ``rank`` receives, or every rank if None."""
-    for name, entry in tensors.items():
-        whole = _whole(plain_tensor(entry.tensor.detach()), entry.stored_dtype, rank)
-        if whole is not None:
-            yield name, whole
+    """Gather tensors in their stored dtypes; only ``rank`` receives, or every rank if None.
+
+    Small ones go together: a model has hundreds of norms and biases, and a collective for each would take its time.
+    """
+    for bucket in _buckets(_Plain(n, plain_tensor(e.tensor.detach()), e.stored_dtype) for n, e in tensors.items()):
+        yield from _whole_rows(bucket, rank) if bucket[0].mesh is not None else _whole(bucket[0], rank)
+
+
+def _buckets(tensors: Iterable[_Plain]) -> Iterator[list[_Plain]]:
+    bucket: list[_Plain] = []
+    for found in tensors:
+        alone = found.mesh is None or found.nbytes > BUCKET
+        if bucket and (alone or found.mesh != bucket[0].mesh or sum(p.nbytes for p in bucket) + found.nbytes > BUCKET):
+            yield bucket
+            bucket = []
+        if alone:
+            yield [found]
+        else:
+            bucket.append(found)
+    if bucket:
+        yield bucket
 
 
 def packed_from_gather(gather: Gather, rank: int | None) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
@@ -163,28 +203,48 @@ def _units(
                 yield plan[member.name], packed
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype, rank: int | None) -> Tensor | None:
-    """A tensor in full, on the device it computes on; None if this rank does not receive it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.to(dtype) if rank is None or rank == dist.get_rank() else None
-    mesh, device = tensor.device_mesh, _device(tensor)
-    local = _local(tensor).to(device=device, dtype=dtype)
-    *outer, last = tensor.placements
-    if not (all(isinstance(p, Replicate) for p in outer) and _on_rows(last)):
+def _whole(plain: _Plain, rank: int | None) -> Iterator[tuple[str, Tensor]]:
+    """A tensor in full, on the device it computes on, however it lies."""
+    whole = plain.tensor
+    if isinstance(whole, DTensor):
+        local = _local(whole).to(device=_device(whole), dtype=plain.dtype)
         again = DTensor.from_local(
-            local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
-        full: Tensor = again.full_tensor()
-        return full if rank is None or rank == dist.get_rank() else None
+        whole = again.full_tensor()
+    if rank is None or rank == dist.get_rank():
+        yield plain.name, whole.to(plain.dtype)
+
+
+def _whole_rows(bucket: Sequence[_Plain], rank: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors whose rows are divided over one mesh, in full, by one collective."""
+    mesh = bucket[0].mesh
+    assert mesh is not None
     world = mesh.size(mesh.ndim - 1)
-    rows = -(-tensor.shape[0] // world)
-    padded = local.new_zeros((rows, *tensor.shape[1:]))
-    padded[: local.shape[0]] = local
-    data = padded.view(-1).view(torch.uint8) if padded.numel() else padded.new_zeros(0, dtype=torch.uint8)
+    shares = [_padded_rows(plain, world) for plain in bucket]
+    sizes = [share.numel() for share in shares]
+    data = shares[0] if len(shares) == 1 else torch.cat(shares)
+    del shares
     gathered = _gather_bytes(data, mesh.get_group(mesh.ndim - 1) if world > 1 else None, rank)
     if gathered is None:
-        return None
-    return gathered.view(dtype).view(world * rows, *tensor.shape[1:])[: tensor.shape[0]]
+        return
+    for plain, part in zip(bucket, gathered.view(world, -1).split(sizes, dim=1), strict=True):
+        whole = (part if len(bucket) == 1 else part.clone(memory_format=torch.contiguous_format)).reshape(-1)
+        rows, *rest = plain.tensor.shape
+        yield plain.name, whole.view(plain.dtype).view(world * -(-rows // world), *rest)[:rows]
+
+
+def _padded_rows(plain: _Plain, world: int) -> Tensor:
+    """The bytes of this rank's rows, on the device that computes, and of zeros for the rows that others have more."""
+    tensor = plain.tensor
+    assert isinstance(tensor, DTensor)
+    rows = -(-tensor.shape[0] // world)
+    local = _local(tensor).to(device=_device(tensor), dtype=plain.dtype).contiguous()
+    if local.shape[0] < rows:
+        padded = local.new_zeros((rows, *tensor.shape[1:]))
+        padded[: local.shape[0]] = local
+        local = padded
+    return local.view(-1).view(torch.uint8) if local.numel() else local.new_zeros(0, dtype=torch.uint8)
 
 
 def _gather_bytes(mine: Tensor, group: Any, rank: int | None) -> Tensor | None:
