@@ -56,7 +56,8 @@ def launched(w: Tensor, g: Tensor, blocks: int = BLOCKS) -> tuple[Tensor, Tensor
 
 def dequantized(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype, blocks: int = BLOCKS) -> Tensor:
     out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=DEVICE)
-    launch.dequantize(packed.to(DEVICE), scale.to(DEVICE), g.to(DEVICE), out, tile(blocks, launch.DEQUANTIZE))
+    packed, scale, g = packed.to(DEVICE), scale.to(DEVICE), g.to(DEVICE)
+    launch.dequantize(packed, scale, g, out, tile(blocks, launch.DEQUANTIZE))
     return out
 
 
@@ -205,6 +206,25 @@ def test_a_nan_multiplier_is_not_silent() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("shape", [(5, 48), (3, 4, 32)])
+def test_dequantizing_prepared_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    w = torch.randn(shape)
+    g = reference.global_scale(reference.amax(w, len(shape) - 2))
+    packed, scale = (t.to(DEVICE) for t in reference.quantize(w, g))
+    run = launch.prepare_dequantize(packed, scale, g.to(DEVICE), tile(8, launch.DEQUANTIZE))
+    assert run is not None
+    for _ in range(2):
+        out = torch.full(shape, 7, dtype=dtype, device=DEVICE)
+        assert run(out)
+        assert_same_bits(out, reference.dequantize(packed.cpu(), scale.cpu(), g, dtype), "weights", scale=scale)
+        packed.add_(0x11)  # other codes in the same place
+    assert not run(torch.empty(shape, dtype=torch.float64, device=DEVICE))
+    odd = torch.empty(w.numel() + 1, dtype=dtype, device=DEVICE)[1:]
+    assert not run(odd)
+    assert launch.prepare_dequantize(packed.transpose(0, -1), scale, g) is None
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("items", [1, 3])
 def test_tile_boundaries(blocks: int, items: int) -> None:
@@ -313,7 +333,9 @@ def check_on_gpu(w: Tensor, batch_dims: int) -> None:
     launch.quantize(w, g, packed, scale)
     fake, again = (torch.full(w.shape, 7, dtype=w.dtype, device=DEVICE) for _ in range(2))
     launch.fake_quantize(w, g, fake)
-    launch.dequantize(packed, scale, g, again)
+    prepared = launch.prepare_dequantize(packed, scale, g)
+    if prepared is None or not prepared(again):
+        launch.dequantize(packed, scale, g, again)
     step = max(1, (1 << 26) // w.shape[-1])
     for expert in range(len(w)) if batch_dims else [slice(None)]:
         one = g[expert] if batch_dims else g

@@ -53,7 +53,7 @@ class FusionGroup:
     def stale(self) -> bool:
         if self.window is not None:
             return self.window.stale(self)
-        return any(m.signature() != m.seen for m in self.members())
+        return not all(m.unchanged() for ref in self._members if (m := ref()) is not None)
 
     def ensure_fresh(self) -> None:
         """Pack again if any member changed since it was last packed, and with it what else changed in the model."""

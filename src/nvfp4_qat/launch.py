@@ -7,7 +7,7 @@ The tile sizes are parameters because the interpreter's cost is per program, not
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,34 @@ def dequantize(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor, tile: Tile
     with _written(out) as target:
         tensors = codes.view(torch.int32), scale, g, _words(target)
         _launch(kernels.dequantize_kernel, scale.numel(), target.dtype, tile, g, *tensors)
+
+
+def prepare_dequantize(
+    packed: Tensor, scale: Tensor, g: Tensor, tile: Tile = DEQUANTIZE
+) -> Callable[[Tensor], bool] | None:
+    """`dequantize` from given tensors into a given one, with little work at each call.
+
+    Returns:
+        A function that takes the output and returns whether it could; None if that would be never.
+    """
+    if not (packed.is_contiguous() and scale.is_contiguous() and g.is_contiguous() and _aligned(packed, torch.int32)):
+        return None
+    if not 0 < g.numel() <= MAX_ITEMS or scale.numel() == 0:
+        return None
+    codes, size = packed.view(torch.int32), scale.numel() // g.numel()
+    run = kernels.dequantize_kernel[(triton.cdiv(size, tile.blocks), g.numel())]
+    device = g.get_device()
+    options = {"BLOCKS": tile.blocks, "num_warps": tile.warps, **OPTIONS}
+
+    def fill(out: Tensor) -> bool:
+        words = DTYPES.get(out.dtype)
+        elsewhere = device >= 0 and torch.cuda.current_device() != device
+        if words is None or elsewhere or not _aligned(out, words[0]):
+            return False
+        run(codes, scale, g, out.view(words[0]), size, DTYPE=words[1], **options)
+        return True
+
+    return fill
 
 
 def fake_quantize(w: Tensor, g: Tensor, out: Tensor, tile: Tile = FAKE_QUANTIZE) -> None:

@@ -54,14 +54,6 @@ def read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return PackedWeight.lookup(handle).read_generation(master, dtype)
 
 
-def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
-    """The same weight once more, in the backward of the forward that saw ``generation``."""
-    if torch.compiler.is_compiling():
-        result: Tensor = _read_again(master, handle, generation, dtype, after)
-        return result
-    return PackedWeight.lookup(handle).read_again(master, dtype, int(generation))
-
-
 class _StraightThrough(torch.autograd.Function):
     """The dequantized weight as a function of the master whose derivative is the identity."""
 
@@ -76,7 +68,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear`` with a dequantized weight; the derivative of dequantization is the identity."""
+    """``F.linear`` with a dequantized weight; the derivative of dequantization is the identity. For compiled code."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
@@ -88,21 +80,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, master, handle, generation = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_master = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            w = read_again(master, handle, generation, ctx.dtype, grad)
-            if torch.is_grad_enabled():  # create_graph=True: this product depends on the weight as well
-                w = _StraightThrough.apply(master, w)  # type: ignore[no-untyped-call]
-            grad_x = (rows @ w).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_master, grad_bias, None
+        w = _read_again(master, handle, generation, ctx.dtype, grad) if ctx.needs_input_grad[0] else None
+        return _gradients(ctx, grad, x, master, w)
 
 
-class _EagerLinear(_Linear):
+class _EagerLinear(torch.autograd.Function):
     """`_Linear` in two steps, the product being the second (`_linear`): this only records what backward needs.
 
     Activation checkpointing stops a recomputation at the last tensor that is saved. What a function saves counts when
@@ -111,23 +93,42 @@ class _EagerLinear(_Linear):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
-        ctx.keep_alive = weight = PackedWeight.lookup(handle)  # the model may be dropped before backward
-        ctx.dtype, ctx.shape = x.dtype, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, handle, weight.ensure(master))
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+        ctx.dtype, ctx.shape, ctx.weight = x.dtype, x.shape, weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, weight.ensure(master))
         shape = *x.shape[:-1], master.shape[0]
         return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one element
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, master, generation = ctx.saved_tensors
+        w = ctx.weight.read_again(master, ctx.dtype, int(generation)) if ctx.needs_input_grad[0] else None
+        return _gradients(ctx, grad, x, master, w)
 
-def _linear(x: Tensor, master: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        result: Tensor = _Linear.apply(x, master, bias, handle)  # type: ignore[no-untyped-call]
-        return result
-    weight = PackedWeight.lookup(handle)
+
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, master: Tensor, w: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    """Of input, master and bias; ``w`` is the dequantized weight, if the first is needed."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_x = grad_master = grad_bias = None
+    if w is not None:
+        if torch.is_grad_enabled():  # create_graph=True: this product depends on the weight as well
+            w = _StraightThrough.apply(master, w)  # type: ignore[no-untyped-call]
+        grad_x = (rows @ w).view(ctx.shape)
+    if ctx.needs_input_grad[1]:
+        grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_master, grad_bias, None
+
+
+def _linear(x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+    """The layer in eager mode."""
     if not torch.is_grad_enabled():
         weight.ensure(master)
         return F.linear(x, weight.current(master, x.dtype), bias)
-    result = _EagerLinear.apply(x, master, bias, handle)  # type: ignore[no-untyped-call]
+    result: Tensor = _EagerLinear.apply(x, master, bias, weight)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         product = F.linear(x, weight.current(master, x.dtype), bias)
     result.data = product
@@ -148,7 +149,10 @@ class QATLinear(QATModule, nn.Linear):
                 input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         if input.dtype != dtype:
             raise RuntimeError(f"expected an input of dtype {dtype}, but got {input.dtype}")
-        return _linear(input, self.weight, bias, self._qat_handle)
+        if torch.compiler.is_compiling():
+            result: Tensor = _Linear.apply(input, self.weight, bias, self._qat_handle)  # type: ignore[no-untyped-call]
+            return result
+        return _linear(input, self.weight, bias, self._qat_weights["weight"])
 
     @property
     def _qat_handle(self) -> Tensor:

@@ -8,7 +8,7 @@ sees one opaque call each.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -158,19 +158,14 @@ def quantize_into(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor) -> None:
 @torch.library.custom_op("nvfp4_qat::dequantize", mutates_args=())
 def dequantize(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight that codes, block scales (E4M3 as uint8) and multiplier stand for, as ``dtype``."""
-    return dequantize_eager(packed, scale, g, dtype)
+    out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=packed.device)
+    dequantize_into(packed, scale, g, out)
+    return out
 
 
 @dequantize.register_fake
 def _(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
-
-
-def dequantize_eager(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` without the dispatcher."""
-    out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=packed.device)
-    dequantize_into(packed, scale, g, out)
-    return out
 
 
 def dequantize_into(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor) -> None:
@@ -182,6 +177,27 @@ def dequantize_into(packed: Tensor, scale: Tensor, g: Tensor, out: Tensor) -> No
     flat = g.reshape(-1)
     for batch, _, (piece, p, s) in _pieces(g, out, packed, scale):
         piece.copy_(reference.dequantize(p, s, flat[batch], out.dtype))
+
+
+class Dequantize:
+    """`dequantize_into` from the same packed tensors time and again: what can be prepared for that is.
+
+    Args:
+        packed, scale, g: as for `dequantize`, contiguous. Their storages are read at every call.
+    """
+
+    def __init__(self, packed: Tensor, scale: Tensor, g: Tensor) -> None:
+        self._tensors = packed, scale, g
+        self._launch: Callable[[Tensor], bool] | None = None
+        if _on_gpu(packed):
+            from . import launch
+
+            self._launch = launch.prepare_dequantize(packed, scale, g)
+
+    def __call__(self, out: Tensor) -> None:
+        """Fill a contiguous tensor ``[..., K]``."""
+        if self._launch is None or not self._launch(out):
+            dequantize_into(*self._tensors, out)
 
 
 @torch.library.custom_op("nvfp4_qat::fake_quantize", mutates_args=())

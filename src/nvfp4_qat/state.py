@@ -90,6 +90,8 @@ class PackedWeight:
         self.seen: tuple[Any, ...] | None = None
         self.generation = 0
         self.shard: window.Shard | None = None
+        self._generation_shown: tuple[int, Tensor] | None = None
+        self._reader: tuple[ops.PackedNVFP4, ops.Dequantize] | None = None
         self._owner: weakref.ref[nn.Module] | None = None
         self._parameter = ""
 
@@ -142,7 +144,7 @@ class PackedWeight:
             return
         if self.shard is None:
             self.shard = window.Shard()
-            self.value = self.seen = None
+            self.value = self.seen = self._reader = None
             self.group.family.forget()
             if by_fsdp and value is not None:
                 self.shape = value.shape
@@ -184,6 +186,23 @@ class PackedWeight:
         if inference or (p.device.type == "cpu" and p.untyped_storage().is_shared()):
             maybe = next(self._never_twice)
         return maybe, written, -1 if inference else p._version, id(p), p.data_ptr(), p.device
+
+    def unchanged(self) -> bool:
+        """Whether `signature` is that of the packed copy, found out with few lookups: every read asks."""
+        module, seen = self._owner() if self._owner else None, self.seen
+        if module is None:  # nobody can read it any more
+            return True
+        p = module._parameters.get(self._parameter)
+        if seen is None or type(p) is not QATParameter or seen[2] == -1:
+            return self.signature() == seen
+        return bool(
+            p.__dict__.get("_written") == seen[1]  # before _version, which a tensor made in inference mode has not
+            and p._maybe_written == seen[0]
+            and p._version == seen[2]
+            and id(p) == seen[3]
+            and p.data_ptr() == seen[4]
+            and p.device == seen[5]
+        )
 
     def window_signature(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """`signature` in two parts, for a group of which FSDP shards a member: what may mean a write, and what does."""
@@ -250,7 +269,7 @@ class PackedWeight:
                 shown = self.master()
         if group.window is not None:
             window.check_unsharded(shown, self)
-        if shown is None or master.data_ptr() != shown.data_ptr():
+        if master is not shown and (shown is None or master.data_ptr() != shown.data_ptr()):
             raise MismatchError(
                 f"{self.name} is computed with another tensor than its module's parameter (a replica, or a copy made "
                 "by functional_call or a compiler): such a copy has no 4-bit form"
@@ -266,7 +285,10 @@ class PackedWeight:
             with packing:
                 if group.window.stale(group):
                     group.window.renew(self)
-        return torch.tensor(self.generation, device="cpu")
+        if self._generation_shown is None or self._generation_shown[0] != self.generation:
+            with torch.inference_mode(False):
+                self._generation_shown = self.generation, torch.tensor(self.generation, device="cpu")
+        return self._generation_shown[1]
 
     def current(self, master: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, after `ensure`."""
@@ -314,8 +336,11 @@ class PackedWeight:
         """The dequantized weight of the copy as it is, into ``out`` if given."""
         packed, scale, g = self._tensors()
         if out is None:
-            return ops.dequantize_eager(packed, scale.view(torch.uint8), g, dtype)
-        ops.dequantize_into(packed, scale.view(torch.uint8), g, out)
+            out = torch.empty(self.shape, dtype=dtype, device=packed.device)
+        if self._reader is None or self._reader[0] is not self.value:
+            assert self.value is not None
+            self._reader = self.value, ops.Dequantize(packed, scale.view(torch.uint8), g)
+        self._reader[1](out)
         return out
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,7 +351,8 @@ class PackedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs for itself: its module is bound anew in QATModule.__setstate__.
-        return {**self.__dict__, "value": None, "seen": None, "shard": None, "_owner": None}
+        kept_here = "value", "seen", "shard", "_owner", "_generation_shown", "_reader"
+        return {**self.__dict__, **dict.fromkeys(kept_here)}
 
 
 def _comparable(t: Tensor) -> Tensor:
