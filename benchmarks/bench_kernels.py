@@ -35,7 +35,9 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from nvfp4_qat import launch, multi, reference
-from nvfp4_qat.multi import Amaxes, Packs, Tiles, UnpackPart, Unpacks
+from nvfp4_qat.multi import Amaxes, Packs
+from nvfp4_qat.multi_table import Tiles
+from nvfp4_qat.multi_unpack import UNPACK, UnpackPart, Unpacks
 
 SHAPES = [(4096, 4096), (24576, 4096), (196608, 2048)]
 FLOORS = {"fake quantize": 1.0, "quantize": 0.641, "quantize and amax": 0.641, "dequantize": 0.641, "amax": 0.5}
@@ -189,7 +191,7 @@ class Layer:
         self.flat, self.copy = normal(sum(sizes)), torch.empty(sum(sizes), device="cuda", dtype=torch.bfloat16)
         self.outs = [part.view(shape) for part, shape in zip(self.flat.split(sizes), shapes, strict=True)]
 
-    def unpacks(self, tiles: Tiles = multi.UNPACK) -> Callable[[], object]:
+    def unpacks(self, tiles: Tiles = UNPACK) -> Callable[[], object]:
         unpacks = Unpacks(self.parts, self.world, self.flat.device, tiles=tiles)
         return lambda: unpacks(self.gathered, self.g, self.outs)
 
@@ -203,7 +205,7 @@ def unpack(milliseconds: int) -> Iterator[Row]:
             layer = Layer(shapes, world)
             runs = layer.runs()
             row: Row = {"case": "unpack", "name": name, "ranks": world, "elements": layer.flat.numel()}
-            row |= {"tiles": {"dequantize": multi.UNPACK._asdict()}}
+            row |= {"tiles": {"dequantize": UNPACK._asdict()}}
             yield {**row, **measure(runs, milliseconds), "host_us": {op: host(run) for op, run in runs.items()}}
 
 

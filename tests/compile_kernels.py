@@ -11,12 +11,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_qat import kernels, launch, multi, multi_kernels
+from nvfp4_qat import kernels, launch, multi, multi_kernels, multi_unpack
 
 TARGETS = (80, 90)
 POINTERS = {"bf16": "*i32", "fp16": "*i32", "fp32": "*i64"}
 FIXED = {"g_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*u8", "blocks_per_item": "i32", "size": "i64"}
-TABLE = {"table_ptr": "*i64", "out_ptr": "*i32", "amax_ptr": "*i32", "gathered_ptr": "*u8", "g_ptr": "*fp32"}
+TABLE = {
+    "table_ptr": "*i64",
+    "out_ptr": "*i32",
+    "amax_ptr": "*i32",
+    "differs_ptr": "*i32",
+    "gathered_ptr": "*u8",
+    "g_ptr": "*fp32",
+}
 
 
 def ptx(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], target: int) -> str:
@@ -57,15 +64,17 @@ def many(target: int) -> dict[str, str]:
     """The kernels for many tensors."""
     result = {}
     for dtype, (_, name) in launch.DTYPES.items():
-        types = TABLE | {f"out{i}": f"*{name.name}" for i in range(multi.OUTS)}
+        types = TABLE | {f"out{i}": f"*{name.name}" for i in range(multi_unpack.OUTS)}
         amax, pack, unpack = (
-            {"BLOCKS": t.blocks, "STEPS": t.steps, "PROGRAMS": t.share} for t in (multi.AMAX, multi.PACK, multi.UNPACK)
+            {"BLOCKS": t.blocks, "STEPS": t.steps, "PROGRAMS": t.share}
+            for t in (multi.AMAX, multi.PACK, multi_unpack.UNPACK)
         )
         values, words = {"DTYPE": launch.VALUES[dtype]}, {"DTYPE": name}
         kernel = multi_kernels.multi_quantize_kernel
         result[f"amax many {dtype}"] = ptx(multi_kernels.multi_amax_kernel, types, amax | values, target)
         result[f"quantize many {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": False}, target)
         result[f"quantize many with amax {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": True}, target)
+        result[f"compare many {dtype}"] = ptx(multi_kernels.multi_compare_kernel, types, pack | words, target)
         result[f"dequantize many {dtype}"] = ptx(multi_kernels.multi_dequantize_kernel, types, unpack | words, target)
     return result
 

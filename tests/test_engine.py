@@ -8,7 +8,9 @@ from nvfp4_qat.core import pack_from_masters
 from nvfp4_qat.engine import RolloutEngine, left_pad
 from nvfp4_qat.errors import MismatchError
 from nvfp4_qat.models import load_model
-from nvfp4_qat.rl import Graded, collate, plain_weights, prepare_arm, response_logprobs, stop_ids
+from nvfp4_qat.policy_update import response_logprobs
+from nvfp4_qat.rl import plain_weights, prepare_arm, stop_ids
+from nvfp4_qat.rollouts import Graded, collate
 
 PROMPTS = [TOKENIZER(text).input_ids for text in ("12>", "9876>", "5>")]
 

@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from nvfp4_qat import launch, reference  # noqa: E402
-from nvfp4_qat.multi import Amaxes, Packs, UnpackPart, Unpacks  # noqa: E402
+from nvfp4_qat.multi import Amaxes, Packs  # noqa: E402
+from nvfp4_qat.multi_unpack import UnpackPart, Unpacks  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -398,9 +398,15 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_kernels_compile_without_fusing_or_approximating(ptx: dict[str, str]) -> None:
-    assert len(ptx) == 48
+    assert len(ptx) == 54
     lines, anchors = {"0f40000000", "0f3F000000"}, {"0f47800000", "0fC7800000"}  # 2 and 1/2; 2^16 and its negative
-    exact = {"amax": set(), "quantize": lines, "dequantize": anchors, "fake_quantize": lines | anchors}
+    exact = {
+        "amax": set(),
+        "quantize": lines,
+        "compare": lines,
+        "dequantize": anchors,
+        "fake_quantize": lines | anchors,
+    }
     for name, text in ptx.items():
         # Without a rounding mode the assembler may fuse; .ftz drops subnormals, .full and .approx are inexact.
         loose = re.findall(r"(?:mul|add|sub|fma|div|rcp)\.(?!rn\.f32|wide|lo|hi|s|u|b)[\w.]*", text)
@@ -408,7 +414,7 @@ def test_kernels_compile_without_fusing_or_approximating(ptx: dict[str, str]) ->
         assert ".ftz" not in text, name
         factors = {line.split(", ")[2] for line in re.findall(r"fma\.rn\.f32[^;]*", text)}
         assert factors == exact[name.split()[0]], f"{name}: only exact products may be fused"
-        assert ("div.rn.f32" in text) == name.startswith(("quantize", "fake_quantize"))
+        assert ("div.rn.f32" in text) == name.startswith(("quantize", "compare", "fake_quantize"))
 
 
 def test_weights_move_sixteen_bytes_at_a_time(ptx: dict[str, str]) -> None:

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvfp4_qat import reference
-from nvfp4_qat.multi import NAN_BITS, Amaxes, Packs, Tiles, UnpackPart, Unpacks, _Table
+from nvfp4_qat.multi import NAN_BITS, Amaxes, Packs
+from nvfp4_qat.multi_table import Table, Tiles
+from nvfp4_qat.multi_unpack import UnpackPart, Unpacks
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and "triton" not in sys.modules:
@@ -483,7 +485,7 @@ def test_rows_of_a_table_far_apart() -> None:
     """Addresses and offsets beyond 32 bits, checked without the memory: every block is in one row, at its place."""
     tiles = Tiles(blocks=256, steps=4, share=1 << 12)
     runs = np.array([[1 << 46, 1 << 45, 1 << 44, (1 << 28) + 5, 3], [7 << 40, 5 << 40, 0, 1, (1 << 31) - 1]])
-    table = _Table(runs, (32, 8, 1), None, tiles, torch.device("cpu"))
+    table = Table(runs, (32, 8, 1), None, tiles, torch.device("cpu"))
     span = 256 * 4 << 12
     rows = table.rows.tolist()
     assert len(rows) == (1 << 28) // span + 2 and table.grid == (len(rows) << 12,)

@@ -8,19 +8,11 @@ from helpers_rl import TOKENIZER, EvenFirst, micro_config, micro_model, run_arm
 
 from nvfp4_qat import rl
 from nvfp4_qat.engine import Sample
+from nvfp4_qat.grpo import group_advantages, overlong_penalty, policy_loss
 from nvfp4_qat.masters import MasterAdamW
-from nvfp4_qat.rl import (
-    Graded,
-    collate,
-    collect,
-    group_advantages,
-    old_logprobs,
-    overlong_penalty,
-    policy_loss,
-    prepare_arm,
-    response_logprobs,
-    update,
-)
+from nvfp4_qat.policy_update import old_logprobs, response_logprobs, update
+from nvfp4_qat.rl import prepare_arm
+from nvfp4_qat.rollouts import Graded, collate, collect
 from nvfp4_qat.tasks import Grade
 
 # --- by hand

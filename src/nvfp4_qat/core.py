@@ -20,9 +20,8 @@ from .errors import MismatchError, StaleWeightsError, UserError
 from .experts import to_qat_experts
 from .fusion import FusionGroup, Packing
 from .linear import to_qat_linear
-from .model_tensors import is_dtensor
 from .ops import PackedNVFP4
-from .parameter import check_adoptable
+from .parameter import check_adoptable, is_dtensor
 from .plan import QuantizedTensor, QuantPlan, canonical_name
 from .state import PackedWeight, QATModule, packed_weights_of
 
@@ -176,11 +175,7 @@ def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, Packe
         packed, stale = _pack_checked(group, noticed)
         if stale:
             stale += [name for later in groups[i + 1 :] for name in _pack_checked(*later)[1]]
-            raise StaleWeightsError(
-                f"{len(stale)} weights changed without notice, so training used old 4-bit copies of them: "
-                f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
-                "load_state_dict."
-            )
+            raise StaleWeightsError.of(stale)
         for member, value, _ in packed:
             yield plan[member.name], value
 

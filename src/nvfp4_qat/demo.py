@@ -37,8 +37,10 @@ from .engine import Sample
 from .errors import UserError
 from .masters import MasterAdamW
 from .models import load_model
+from .policy_update import response_logits
 from .report import write_report
-from .rl import Batch, Graded, collate, response_logits, train_arm
+from .rl import train_arm
+from .rollouts import Batch, Graded, collate
 from .runlog import ArmLog, Row, replace_file, save_file
 from .tasks import Task, encode_prompt, make_task
 

@@ -31,9 +31,9 @@ class DemoConfig:
         lr: learning rate of AdamW, constant.
         weight_decay: of AdamW.
         max_grad_norm: gradient clipping.
-        clip_low, clip_high, clip_dual: see `nvfp4_qat.rl.policy_loss`.
+        clip_low, clip_high, clip_dual: see `nvfp4_qat.grpo.policy_loss`.
         tis: bound of the token-level importance weights that correct the mismatch; None leaves it uncorrected.
-        overlong_factor: see `nvfp4_qat.rl.overlong_penalty`.
+        overlong_factor: see `nvfp4_qat.grpo.overlong_penalty`.
         warmup_steps: supervised steps on the task's answers before RL, for models made here from random; 0: none.
         warmup_batch: sequences in such a step.
         warmup_lr: its peak learning rate.

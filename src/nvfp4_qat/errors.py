@@ -4,6 +4,8 @@
 check that failed, that is, two sides hold different numbers: exit code 1. Both say how to mend the situation.
 """
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input or usage; the message says what is wrong and how to mend it."""
@@ -14,4 +16,13 @@ class MismatchError(RuntimeError):
 
 
 class StaleWeightsError(MismatchError):
-    """A master weight changed without the packed copy that training used having been renewed."""
+    """Master weights changed without the packed copies that training used having been renewed."""
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "StaleWeightsError":
+        """The error for the weights of these names."""
+        return cls(
+            f"{len(names)} weights changed without notice, so training used old 4-bit copies of them: "
+            f"{', '.join(names)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
+            "load_state_dict."
+        )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError
-from .multi import Unpacks
+from .multi_unpack import Unpacks
 from .shards import Unit
 
 TOKEN = 16

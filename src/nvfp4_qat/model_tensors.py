@@ -13,7 +13,6 @@ Source: transformers 5.23 ``PreTrainedModel._get_dtype_plan``; torch FSDP ``Mixe
 """
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .inventory import take_inventory
 from .naming import canonical_name
+from .parameter import is_dtensor
 from .plan import QuantPlan
 
 
@@ -105,12 +105,6 @@ def keep_in_fp32(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and pattern.search(name):
             tensor.data = tensor.data.float()
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of a tensor only."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # loaded by whoever made a DTensor
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:

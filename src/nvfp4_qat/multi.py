@@ -1,8 +1,8 @@
-"""Many tensors in few launches: a model's amaxes, the packing of its shards, a unit's weights from gathered bytes.
+"""Many tensors in few launches: a model's amaxes and the packing of its shards.
 
 A step of training touches each weight three times outside the layers: its amax, its packing, and its dequantization
-after a gather. Tensor by tensor that is thousands of launches, which a small batch cannot hide. The classes here are
-built once for given tensors and called every step:
+after a gather. Tensor by tensor that is thousands of launches, which a small batch cannot hide. The classes here and in
+`multi_unpack` are built once for given tensors and called every step:
 
 =========  ===========================================================  ==================================
 class      does                                                         launches
@@ -23,80 +23,22 @@ items that are not whole blocks. Shards of FSDP2 are none of these.
 Deliberately absent: checks on values, and waiting for the device, but for building a table.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from . import ops
 from .format import BLOCK
-
-Int64 = npt.NDArray[np.int64]
-
-CODES = BLOCK // 2
-"""Bytes of the codes of a block."""
-
-ALIGNMENT = 16
-"""Bytes that the kernels move at once: weights, gathered codes and each rank's chunk start at multiples of it."""
-
-OUTS = 8
-"""Results of one launch of the dequantize kernel: its arguments, and three bits in a row of its table."""
+from .multi_table import ALIGNMENT, CODES, Int64, Table, Tiles
 
 NAN_BITS = 0x7FC00000
 """What the kernels give as the bits of an amax that is NaN."""
 
 
-class Tiles(NamedTuple):
-    """How a kernel divides its work. This changes its speed and never its results.
-
-    Args:
-        blocks: blocks of 16 that a program has in registers at once, a power of two.
-        steps: tiles of that size that a program works through.
-        share: programs for one row of the table.
-        warps: warps in a program.
-    """
-
-    blocks: int
-    steps: int
-    share: int
-    warps: int = 4
-
-
 AMAX = Tiles(blocks=256, steps=8, share=2)
 PACK = Tiles(blocks=256, steps=4, share=4)
-UNPACK = Tiles(blocks=128, steps=1, share=32, warps=2)
-
-
-class _Table:
-    """Rows on the device for one launch of a kernel, and the arguments that go with them.
-
-    Args:
-        runs: int64 ``[n, 5]``, stretches of blocks that lie in one item: three numbers (addresses or offsets) for the
-            first block, the number of blocks, the item's index.
-        strides: how much each of the three numbers grows from a block to the next.
-        dtype: what the kernel gets as ``DTYPE``: a Triton type.
-    """
-
-    def __init__(
-        self, runs: Int64, strides: tuple[int, int, int], dtype: Any, tiles: Tiles, device: torch.device
-    ) -> None:
-        from . import launch
-
-        span = tiles.blocks * tiles.steps * tiles.share
-        pieces = -(-runs[:, 3] // span)
-        run = np.repeat(np.arange(len(runs)), pieces)
-        done = span * (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-        rows = np.empty((len(run), 4), dtype=np.int64)
-        rows[:, :3] = runs[run, :3] + done[:, None] * np.array(strides)
-        rows[:, 3] = np.minimum(runs[run, 3] - done, span) | (runs[run, 4] << 32)
-        self.rows = torch.from_numpy(rows).to(device)
-        self.grid = (len(rows) * tiles.share,)
-        assert self.grid[0] < 1 << 31
-        sizes = {"BLOCKS": tiles.blocks, "STEPS": tiles.steps, "PROGRAMS": tiles.share}
-        self.options = {**launch.OPTIONS, "DTYPE": dtype, **sizes, "num_warps": tiles.warps}
 
 
 class _Tensors:
@@ -123,7 +65,7 @@ class _Tensors:
             for result, size in zip(self._results, (CODES, 1), strict=False):
                 assert w.numel() // n % BLOCK == 0 and result[i].is_contiguous()
                 assert result[i].dtype == torch.uint8 and result[i].numel() == w.numel() // BLOCK * size
-        self._tables: list[_Table] = []
+        self._tables: list[Table] = []
         if kernels or any(t.is_cuda for t in self._tensors):
             self._make_tables()
 
@@ -140,7 +82,7 @@ class _Tensors:
                     name = launch.VALUES[dtype]
                 strides = BLOCK * dtype.itemsize, CODES, 1
                 device = self._tensors[together[0]].device
-                self._tables.append(_Table(np.concatenate(runs), strides, name, self._tiles, device))
+                self._tables.append(Table(np.concatenate(runs), strides, name, self._tiles, device))
 
     def _in_place(self, i: int) -> bool:
         from . import launch
@@ -151,7 +93,7 @@ class _Tensors:
         return whole and aligned
 
     def _runs(self, i: int) -> Int64:
-        """The items of tensor i as rows for `_Table`."""
+        """The items of tensor i as rows for `Table`."""
         w, n = self._tensors[i], self._items[i]
         blocks, item = w.numel() // BLOCK // n, np.arange(n, dtype=np.int64)
         codes, scale = (r[i].data_ptr() for r in self._results) if self._results else (0, 0)
@@ -299,123 +241,6 @@ class Packs(_Tensors):
             with launch.on_device(g):
                 for table in self._tables:
                     multi_kernels.multi_compare_kernel[table.grid](table.rows, g, differs, **table.options)
-
-
-class UnpackPart(NamedTuple):
-    """Where a weight lies in the gathered bytes.
-
-    Rank r's chunk holds the blocks from ``r * blocks`` on, as many as there are before ``total``; what pads a chunk
-    to equal size is not read.
-
-    Args:
-        codes: byte offset of its codes in a rank's chunk, a multiple of 16.
-        scale: byte offset of its block scales in a rank's chunk.
-        blocks: blocks of 16 in a rank's (padded) shard.
-        total: blocks in the full weight.
-        items: its global scales: 1, or the number of experts.
-        first: index in ``g`` of the first of them.
-    """
-
-    codes: int
-    scale: int
-    blocks: int
-    total: int
-    items: int
-    first: int
-
-
-class Unpacks:
-    """The full weights of one FSDP unit from the gathered bytes.
-
-    Args:
-        parts: see `UnpackPart`.
-        world: ranks, that is, chunks in the gathered bytes.
-        device: where the tables go.
-        tiles, kernels: as for `Amaxes`.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[UnpackPart],
-        world: int,
-        device: torch.device,
-        *,
-        tiles: Tiles = UNPACK,
-        kernels: bool = False,
-    ) -> None:
-        for part in parts:
-            assert part.codes % ALIGNMENT == 0 and part.total % part.items == 0 and part.blocks * world >= part.total
-        self._parts, self._world, self._device, self._tiles = list(parts), world, torch.device(device), tiles
-        self._kernels = kernels or self._device.type == "cuda"
-        self._launches: dict[tuple[object, ...], list[tuple[list[int], _Table]]] = {}
-
-    def __call__(self, gathered: Tensor, g: Tensor, outs: Sequence[Tensor]) -> None:
-        """Write every weight.
-
-        Args:
-            gathered: contiguous uint8, ``world`` chunks of one size, a multiple of 16.
-            g: contiguous float32 multipliers.
-            outs: for each part a contiguous tensor of ``16 * total`` elements, bf16, fp16 or fp32. Their version
-                counters stay as they are: autograd takes an FSDP parameter for the same tensor every time.
-        """
-        assert gathered.is_contiguous() and gathered.dtype == torch.uint8 and g.is_contiguous()
-        assert gathered.numel() % (self._world * ALIGNMENT) == 0 and len(outs) == len(self._parts)
-        if not self._kernels:
-            return self._one_by_one(gathered, g, outs)
-        from . import launch, multi_kernels
-
-        originals = outs
-        outs = [t if t.data_ptr() % ALIGNMENT == 0 else torch.empty_like(t) for t in originals]
-        gathered = gathered if gathered.data_ptr() % ALIGNMENT == 0 else gathered.clone()
-        key = (gathered.numel(), *(t.dtype for t in outs))
-        if key not in self._launches:
-            self._launches[key] = list(self._make_tables(gathered.numel() // self._world, [t.dtype for t in outs]))
-        with launch.on_device(gathered):
-            for indices, table in self._launches[key]:
-                results = [outs[i] for i in indices]
-                results += results[-1:] * (OUTS - len(results))
-                multi_kernels.multi_dequantize_kernel[table.grid](table.rows, gathered, g, *results, **table.options)
-        for made, original in zip(outs, originals, strict=True):
-            if made is not original:
-                original.data.copy_(made)
-
-    def _one_by_one(self, gathered: Tensor, g: Tensor, outs: Sequence[Tensor]) -> None:
-        for i, out in enumerate(outs):
-            blocks = out.data.view(1, -1, BLOCK)
-            for codes, scale, start, count, index in self._runs(i, gathered.numel() // self._world):
-                ops.dequantize_into(
-                    gathered[codes : codes + count * CODES].view(1, -1, CODES),
-                    gathered[scale : scale + count].view(1, -1, 1),
-                    g[index : index + 1],
-                    blocks[:, start : start + count],
-                )
-
-    def _runs(self, i: int, chunk: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Part i in stretches of one rank and one item: offsets of codes and scales, first block, count, index in g."""
-        part = self._parts[i]
-        size = part.total // part.items
-        for rank in range(self._world):
-            start, end = rank * part.blocks, min((rank + 1) * part.blocks, part.total)
-            while start < end:
-                count = min(end, (start // size + 1) * size) - start
-                skip = start - rank * part.blocks
-                codes, scale = (rank * chunk + at + skip * b for at, b in ((part.codes, CODES), (part.scale, 1)))
-                yield codes, scale, start, count, part.first + start // size
-                start += count
-
-    def _make_tables(self, chunk: int, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[list[int], _Table]]:
-        """Parts of one dtype, at most eight, and the table that serves them."""
-        from . import launch
-
-        for dtype in dict.fromkeys(dtypes):
-            of_dtype = [i for i, d in enumerate(dtypes) if d == dtype and self._parts[i].total]
-            for at in range(0, len(of_dtype), OUTS):
-                indices = of_dtype[at : at + OUTS]
-                runs = np.array([r for i in indices for r in self._runs(i, chunk)], dtype=np.int64)
-                which = np.array([k for k, i in enumerate(indices) for _ in self._runs(i, chunk)])
-                runs[:, 2] = runs[:, 2] * OUTS + which
-                strides = CODES, 1, OUTS
-                yield indices, _Table(runs, strides, launch.DTYPES[dtype][1], self._tiles, self._device)
 
 
 def _places(tensors: Sequence[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:

@@ -26,7 +26,7 @@ from .gather import Gather
 from .model_tensors import ModelTensor
 from .ops import PackedNVFP4
 from .plan import QuantizedTensor, QuantPlan
-from .shards import Shard, ShardPacker, Unit
+from .shards import Shard, ShardPacker, Unit, reduce_max
 
 T = TypeVar("T")
 
@@ -112,11 +112,7 @@ def packed_from_gather(gather: Gather, rank: int | None) -> Iterator[tuple[Quant
     gather.agree()
     stale = gather.unnoticed_changes()
     if stale:
-        raise StaleWeightsError(
-            f"{len(stale)} weights changed without notice, so training used old 4-bit copies of them: "
-            f"{', '.join(stale)}. Call nvfp4_qat.refresh(model) after every write that bypasses torch.optim and "
-            "load_state_dict."
-        )
+        raise StaleWeightsError.of(stale)
     return _undisturbed(gather, rank, gather.version)
 
 
@@ -276,10 +272,7 @@ def _any_rank(flags: Sequence[Tensor], meshes: Iterable[DeviceMesh]) -> list[boo
         return []
     device = torch.device(meshes[0].device_type) if meshes else flags[0].device
     together = torch.stack([flag.to(device).int() for flag in flags])
-    for mesh in meshes:
-        for dim in range(mesh.ndim):
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=mesh.get_group(dim))
-    return [bool(flag) for flag in together.tolist()]
+    return [bool(flag) for flag in reduce_max(together, meshes).tolist()]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ crosses a power of two times 2688, which is rare.
 One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -30,7 +30,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import ops, reference
 from .errors import UserError
 from .format import BLOCK
-from .multi import Amaxes, Packs, UnpackPart, Unpacks
+from .multi import Amaxes, Packs
+from .multi_unpack import UnpackPart, Unpacks
 
 ALIGNMENT = 16
 """Bytes; kernels read codes in words of this size."""
@@ -157,6 +158,14 @@ def aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
+def reduce_max(values: Tensor, meshes: Iterable[DeviceMesh]) -> Tensor:
+    """The maximum over all ranks of every mesh, in place: one all-reduce a mesh dimension."""
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    return values
+
+
 class ShardPacker:
     """Packs the shards of some units, all on one device.
 
@@ -267,10 +276,7 @@ class ShardPacker:
 
     def reduced(self, flags: Tensor) -> Tensor:
         """The maximum over all ranks of every mesh, in place; int32, equally long on every rank."""
-        for mesh in self._meshes():
-            for dim in range(mesh.ndim):
-                dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.get_group(dim))
-        return flags
+        return reduce_max(flags, self._meshes())
 
     def _meshes(self) -> list[DeviceMesh]:
         return list({s.mesh: None for s in self.shards if s.mesh is not None})
@@ -283,8 +289,7 @@ class ShardPacker:
         for mesh in meshes:  # each has other ranks, which hold other weights
             members = [s for s in self.shards if s.mesh == mesh]
             mine = torch.cat([amax[s.first : s.first + s.items] for s in members])
-            for dim in range(mesh.ndim):
-                dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            reduce_max(mine, [mesh])
             for s, values in zip(members, mine.split([s.items for s in members]), strict=True):
                 amax[s.first : s.first + s.items] = values
         return amax

@@ -202,6 +202,30 @@ def unshard_across_a_step(env: Env) -> None:
         pair.model.set_reshard_after_forward(True)
 
 
+@case(2, units={"unit-per-layer": {"units": layers}, "units-of-one-weight": {"units": linears}})
+def optimizer_in_backward(env: Env, units: Units) -> None:
+    """Every parameter has an optimizer of its own, which steps as soon as the gradient is there."""
+    pair = Pair(env, units=units, policy=MIXED, optimizer=plain_adamw, reshard_after_forward=True)
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for parameter in pair.model.parameters():
+        optimizer = plain_adamw([parameter])
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: step(optimizer))
+    for _ in range(3):
+        (expected,), gradients = pair.expect([[0]])
+        out = pair.model(pair.inputs()[env.rank])
+        same(out, expected, f"output of step {pair.count}")
+        loss_of(out).backward()
+        pair.twin.give(gradients)
+        pair.twin_optimizer.step()
+        pair.count += 1
+        pair.compare_masters()
+    pair.compare_forward()
+
+
 class Gather(_fsdp_api.AllGather):
     """A user's own all-gather."""
 
