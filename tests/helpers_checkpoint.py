@@ -16,7 +16,7 @@ import transformers as tf
 
 import nvfp4_qat as nq
 from nvfp4_qat.checkpoint import save_checkpoint
-from nvfp4_qat.state import packed_weights_of
+from nvfp4_qat.qat_module import packed_weights_of
 
 ON = nq.QATConfig(enable=True)
 IDS = torch.arange(14).view(2, 7)

@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import nvfp4_qat as nq
 from nvfp4_qat import window
 from nvfp4_qat.naming import canonical_name
-from nvfp4_qat.state import packed_weights_of
+from nvfp4_qat.qat_module import packed_weights_of
 
 DEVICE = "cpu"
 """Where this process computes; see `use`."""

@@ -21,7 +21,8 @@ import nvfp4_qat as nq
 from nvfp4_qat import batch as batching
 from nvfp4_qat import ops
 from nvfp4_qat.core import pack_from_masters
-from nvfp4_qat.state import PackedWeight, packed_weights_of
+from nvfp4_qat.qat_module import packed_weights_of
+from nvfp4_qat.state import PackedWeight
 
 ON = nq.QATConfig(enable=True)
 AMAX = nq.QATConfig(enable=True, global_scale="amax")

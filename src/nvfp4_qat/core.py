@@ -23,7 +23,8 @@ from .linear import to_qat_linear
 from .ops import PackedNVFP4
 from .parameter import check_adoptable, is_dtensor
 from .plan import QuantizedTensor, QuantPlan, canonical_name
-from .state import PackedWeight, QATModule, packed_weights_of
+from .qat_module import QATModule, packed_weights_of
+from .state import PackedWeight
 
 if TYPE_CHECKING:
     from .gather import Gather

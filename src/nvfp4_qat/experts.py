@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .linear import read
-from .state import PackedWeight, QATModule
+from .qat_module import QATModule
+from .state import PackedWeight
 
 
 class _Dequantized(torch.autograd.Function):

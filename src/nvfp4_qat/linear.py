@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state import PackedWeight, QATModule
+from .qat_module import QATModule
+from .state import PackedWeight
 
 
 def _cudagraph_unsafe() -> tuple[Any, ...]:

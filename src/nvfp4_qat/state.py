@@ -59,14 +59,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops, window
-from .adapters import guard
 from .errors import MismatchError, UserError
 from .fusion import FusionGroup, packing
-from .parameter import QATParameter, adopt, after_optimizer_step, check_adoptable
+from .parameter import QATParameter, adopt, check_adoptable
 
 
 class PackedWeight:
@@ -350,67 +347,10 @@ class PackedWeight:
         return self.value.tensors()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy packs for itself: its module is bound anew in QATModule.__setstate__.
+        # A copy packs for itself: its module is bound anew in `qat_module`.
         kept_here = "value", "seen", "shard", "_owner", "_generation_shown", "_reader"
         return {**self.__dict__, **dict.fromkeys(kept_here)}
 
 
 def _comparable(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-
-
-class QATModule(nn.Module):
-    """What quantized modules have in common: their packed weights, found again after copying and unpickling."""
-
-    _qat_weights: dict[str, PackedWeight]
-    _qat_handles: dict[str, Tensor]
-
-    def _bind_qat(self, weights: dict[str, PackedWeight]) -> None:
-        _install_hooks()
-        self._qat_weights = weights
-        self._qat_handles = {name: weight.bind(self, name) for name, weight in weights.items()}
-        for weight in weights.values():
-            weight.master()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # New objects: those in `state` may be the ones of a module that is still in use (copy.copy).
-        self._bind_qat({n: PackedWeight(w.name, w.group, w.batch_dims) for n, w in self._qat_weights.items()})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        weight = self.__dict__.get("_qat_weights", {}).get(name)
-        if weight is not None and (value is None or isinstance(value, Tensor)):
-            weight.assigned(self, value)
-            if isinstance(value, nn.Parameter) and name in self._parameters and name not in self.__dict__:
-                self._parameters[name] = value  # FSDP2 does this twice in every window
-                return
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._note(certain=True)
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        super()._save_to_state_dict(*args)
-        self._note(certain=False)
-
-    def _note(self, certain: bool) -> None:
-        for weight in self._qat_weights.values():
-            weight.note(certain)
-
-
-def packed_weights_of(model: nn.Module) -> Iterator[PackedWeight]:
-    """Every packed weight of a model, in module order."""
-    for module in model.modules():
-        if isinstance(module, QATModule):
-            yield from module._qat_weights.values()
-
-
-_hooks: list[Any] = []
-
-
-def _install_hooks() -> None:
-    """Once a process, when its first quantized module is made or unpickled."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(after_optimizer_step))
-        _hooks.append(register_module_module_registration_hook(guard))
