@@ -1,6 +1,7 @@
 """Module mode of linear layers: numbers, gradients, what the module keeps of `nn.Linear`, and what autograd keeps."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_models import stack, straight_through
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nvfp4_qat as nq
 from nvfp4_qat.ops import amax, global_scale, quantize
@@ -116,33 +116,95 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     assert torch.equal(x.grad, expected_x)
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
+def test_activation_checkpointing_recomputes_no_product_in_vain(monkeypatch):
+    model = stack()
+    nq.apply_qat(model, ON)
+    products, h = [], torch.randn(4, 32)
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: (products.append(1), original(*a))[1])
+    for block in model.blocks:
+        h = checkpoint(block, h, use_reentrant=False)
+    h.square().sum().backward()
+    # Two blocks of three layers: the forward, and the recomputation of all but the last, as of `nn.Linear`.
+    assert len(products) == 2 * (3 + 2)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        return func(*args, **(kwargs or {}))
+def selective(saved: list[object]) -> functools.partial:
+    """Activation checkpointing that keeps the results of some operations."""
+
+    def policy(ctx: object, func: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if func in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_activation_checkpointing_recomputes_no_product_in_vain(bias):
-    counts = []
-    for config in (None, ON):
-        model = stack(bias=bias)
-        if config is not None:
-            nq.apply_qat(model, config)
-        h = torch.randn(4, 32)
-        with Products() as products:
-            for block in model.blocks:
-                h = checkpoint(block, h, use_reentrant=False)
-            h.square().sum().backward()
-        counts.append(products.count)
-    # Two blocks of three layers: forward, recomputation of all but the last, two gradients (one for the first input).
-    assert counts[0] == counts[1] == 2 * (3 + 2 + 6) - 2
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("stale", ["written", "handed out"])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [aten.mm.default],
+        [aten.mm.default, aten.max.default],
+        [aten._to_copy.default],
+        [aten.abs.default],
+        [aten.clamp.default],
+    ],
+    ids=lambda ops: "+".join(op.name()[6:] for op in ops),
+)
+def test_selective_checkpointing_does_not_take_our_results_for_the_blocks(saved, stale):
+    """Packing happens in the forward and not in the recomputation."""
+    linear = nn.Linear(64, 32, bias=False)
+    model = nn.ModuleDict({"proj": linear})
+    nq.apply_qat(model, ON)
+    x = torch.randn(2, 64)
+    linear(x)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y = linear(x)
+        y = (y / y.detach().abs().max()).clamp(-0.9, 0.9)
+        return y.double().square()
+
+    if stale == "written":
+        with torch.no_grad():
+            linear.weight.mul_(1.5)
+    else:
+        model.state_dict()
+    (found,) = torch.autograd.grad(selective(saved)(block, x).sum(), linear.weight)
+    (expected,) = torch.autograd.grad(block(x).sum(), linear.weight)
+    assert torch.equal(found, expected)
+
+
+def test_selective_checkpointing_sees_that_a_kept_output_was_written():
+    linear = nn.Linear(64, 32)
+    nq.apply_qat(nn.ModuleDict({"proj": linear}), ON)
+    y = selective([aten.addmm.default])(lambda x: linear(x).add_(1.0).square(), torch.randn(2, 64))
+    with pytest.raises(RuntimeError, match="mutated"):
+        y.sum().backward()
+
+
+def test_a_subclass_of_tensors_stays_one():
+    class Sub(torch.Tensor):
+        pass
+
+    linear = nn.Linear(64, 32)
+    nq.apply_qat(nn.ModuleDict({"proj": linear}), ON)
+    assert type(linear(torch.randn(2, 64).as_subclass(Sub))) is Sub
+
+
+@pytest.mark.parametrize("rows", [16, 48])
+def test_a_weight_of_another_shape(rows):
+    linear = nn.Linear(64, 32, bias=False)
+    nq.apply_qat(nn.ModuleDict({"proj": linear}), ON)
+    x = torch.randn(2, 64)
+    linear(x)
+    linear.weight = nn.Parameter(torch.randn(rows, 64))
+    y = linear(x)
+    assert torch.equal(y, F.linear(x, straight_through(linear.weight)))
+    y.sum().backward()
+    assert linear.weight.grad.shape == (rows, 64)
 
 
 def test_the_output_is_an_ordinary_tensor():

@@ -5,11 +5,14 @@ tensors: its members do (`state`, which also says when they are fresh). All grou
 soon as FSDP shards a member the group has a `window.WindowScale` instead of packed copies.
 """
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops
 from .batch import Family
@@ -20,8 +23,18 @@ from .window import WindowScale
 if TYPE_CHECKING:
     from .state import PackedWeight
 
-packing = threading.RLock()
-"""One thread packs at a time; the others wait for it instead of packing the same weights again."""
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def packing() -> Iterator[None]:
+    """One thread packs at a time; the others wait for it instead of packing the same weights again.
+
+    No dispatch mode sees it. Selective activation checkpointing, for instance, keeps results of operations and hands
+    them out in the same order when it recomputes; but a recomputation does not pack again.
+    """
+    with _lock, _disable_current_modes():
+        yield
 
 
 class FusionGroup:
@@ -58,7 +71,7 @@ class FusionGroup:
     def ensure_fresh(self) -> None:
         """Pack again if any member changed since it was last packed, and with it what else changed in the model."""
         if self.stale():
-            with packing:
+            with packing():
                 if self.stale() and not self.family.pack(self):
                     self.commit(self.pack(), self.surely_stale())
 
@@ -98,7 +111,7 @@ class FusionGroup:
         members = self.members()
         if self.window is not None or not all(m.has_room_for(m.master()) for m in members):
             return None
-        with packing, torch.inference_mode(False), torch.no_grad():
+        with packing(), torch.inference_mode(False), torch.no_grad():
             self.ensure_fresh()
             return [Packing(m, m.clone(), m.seen or ()) for m in members]
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import MismatchError, UserError
 from .fsdp import Memory, ShardedMaster
@@ -207,7 +208,8 @@ class Gather:
     def _pack(self) -> None:
         """Pack what is stale."""
         stale = [unit for unit in self.units if unit.stale]
-        with torch.inference_mode(False), torch.no_grad():
+        # Not seen by dispatch modes: see `fusion.packing`.
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             self.streams.before_packing()
             for unit in stale:
                 unit.version += 1  # also if packing fails half-way

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from .errors import MismatchError
 from .multi_unpack import Unpacks
@@ -126,8 +127,10 @@ class GatherUnit:
         return self._comm is not None and self._group._all_gather_comm is self._comm
 
 
-class PackedAllGather:
+class PackedAllGather(DefaultAllGather):
     """An all-gather of FSDP2 that brings the packed bytes of a unit along.
+
+    FSDP2 lets it be replaced like its own: then the next gather is done by what it was replaced with.
 
     Args:
         inner: what does the gathering.
@@ -144,7 +147,7 @@ class PackedAllGather:
         self._gathered: Tensor | None = None
         self._work: Any = None
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's output, behind room for the bytes of all ranks: both live as long as one of them is held."""
         nbytes = math.prod(map(int, size)) * dtype.itemsize
         start = self._joint if nbytes <= self._room else self._alone

@@ -125,6 +125,7 @@ def prepare_dequantize(
         elsewhere = device >= 0 and torch.cuda.current_device() != device
         if words is None or elsewhere or not _aligned(out, words[0]):
             return False
+        assert out.numel() == scale.numel() * BLOCK and out.is_contiguous()
         run(codes, scale, g, out.view(words[0]), size, DTYPE=words[1], **options)
         return True
 

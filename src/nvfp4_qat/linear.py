@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from .qat_module import QATModule
 from .state import PackedWeight
 
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many dispatch modes are active."""
+
 
 def _cudagraph_unsafe() -> tuple[Any, ...]:
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)  # the check for freshness runs on the host
@@ -29,7 +32,8 @@ def _cudagraph_unsafe() -> tuple[Any, ...]:
 
 @torch.library.custom_op("nvfp4_qat::read", mutates_args=(), tags=_cudagraph_unsafe())
 def _read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return PackedWeight.lookup(handle).read_generation(master, dtype)
+    w, generation = PackedWeight.lookup(handle).read_generation(master, dtype)
+    return w, generation.clone()  # compiled code takes it for its own
 
 
 @_read.register_fake
@@ -53,6 +57,14 @@ def read(master: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
         result: tuple[Tensor, Tensor] = _read(master, handle, dtype)
         return result
     return PackedWeight.lookup(handle).read_generation(master, dtype)
+
+
+def read_again(master: Tensor, handle: Tensor, generation: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    """The same weight once more, in the backward of the forward that saw ``generation``."""
+    if torch.compiler.is_compiling():
+        result: Tensor = _read_again(master, handle, generation, dtype, after)
+        return result
+    return PackedWeight.lookup(handle).read_again(master, dtype, int(generation))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -81,8 +93,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, master, handle, generation = ctx.saved_tensors
-        w = _read_again(master, handle, generation, ctx.dtype, grad) if ctx.needs_input_grad[0] else None
-        return _gradients(ctx, grad, x, master, w)
+        w = read_again(master, handle, generation, ctx.dtype, grad) if ctx.needs_input_grad[0] else None
+        return *_gradients(ctx, grad, x, master, w), None
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -91,25 +103,31 @@ class _EagerLinear(torch.autograd.Function):
     Activation checkpointing stops a recomputation at the last tensor that is saved. What a function saves counts when
     its forward has returned: with the product inside, a block's last linear layer would be computed once more for
     nothing, where autograd's own linear, which saves before it multiplies, is not.
+
+    In one step (``whole``) where the result must be what the function returns: for a dispatch mode, which may keep it
+    (selective activation checkpointing), and for subclasses of tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
-        ctx.dtype, ctx.shape, ctx.weight = x.dtype, x.shape, weight
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, weight.ensure(master))
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight, whole: bool) -> Tensor:
+        ctx.keep_alive, ctx.dtype, ctx.shape = weight, x.dtype, x.shape  # the model may be dropped before backward
+        generation = weight.ensure(master)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, weight.handle, generation)
+        if whole:
+            return F.linear(x, weight.current(master, x.dtype), bias)
         shape = *x.shape[:-1], master.shape[0]
         return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one element
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, master, generation = ctx.saved_tensors
-        w = ctx.weight.read_again(master, ctx.dtype, int(generation)) if ctx.needs_input_grad[0] else None
-        return _gradients(ctx, grad, x, master, w)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, master, handle, generation = ctx.saved_tensors
+        w = read_again(master, handle, generation, ctx.dtype, grad) if ctx.needs_input_grad[0] else None
+        return *_gradients(ctx, grad, x, master, w), None, None
 
 
 def _gradients(
     ctx: Any, grad: Tensor, x: Tensor, master: Tensor, w: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of input, master and bias; ``w`` is the dequantized weight, if the first is needed."""
     rows = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_master = grad_bias = None
@@ -121,7 +139,7 @@ def _gradients(
         grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0)
-    return grad_x, grad_master, grad_bias, None
+    return grad_x, grad_master, grad_bias
 
 
 def _linear(x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
@@ -129,7 +147,10 @@ def _linear(x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight
     if not torch.is_grad_enabled():
         weight.ensure(master)
         return F.linear(x, weight.current(master, x.dtype), bias)
-    result: Tensor = _EagerLinear.apply(x, master, bias, weight)  # type: ignore[no-untyped-call]
+    whole = _dispatch_modes() > 0 or type(x) not in (Tensor, nn.Parameter)
+    result: Tensor = _EagerLinear.apply(x, master, bias, weight, whole)  # type: ignore[no-untyped-call]
+    if whole:
+        return result
     with torch.no_grad():
         product = F.linear(x, weight.current(master, x.dtype), bias)
     result.data = product

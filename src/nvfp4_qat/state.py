@@ -59,6 +59,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops, window
 from .errors import MismatchError, UserError
@@ -105,7 +106,8 @@ class PackedWeight:
         number = next(self._handles)
         self._by_handle[number] = self
         with torch.inference_mode(False):
-            return torch.tensor(number, device="cpu")
+            self.handle = torch.tensor(number, device="cpu")
+        return self.handle
 
     @classmethod
     def lookup(cls, handle: Tensor) -> "PackedWeight":
@@ -279,11 +281,11 @@ class PackedWeight:
         if group.window is None:
             group.ensure_fresh()
         elif group.window.stale(group):
-            with packing:
+            with packing():
                 if group.window.stale(group):
                     group.window.renew(self)
         if self._generation_shown is None or self._generation_shown[0] != self.generation:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _disable_current_modes():
                 self._generation_shown = self.generation, torch.tensor(self.generation, device="cpu")
         return self._generation_shown[1]
 
@@ -331,13 +333,16 @@ class PackedWeight:
 
     def kept(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The dequantized weight of the copy as it is, into ``out`` if given."""
-        packed, scale, g = self._tensors()
+        value, reader = self.value, self._reader
+        assert value is not None
+        if value.packed.is_cuda:
+            self.group.family.order(value.packed.device).reads()
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=packed.device)
-        if self._reader is None or self._reader[0] is not self.value:
-            assert self.value is not None
-            self._reader = self.value, ops.Dequantize(packed, scale.view(torch.uint8), g)
-        self._reader[1](out)
+            out = torch.empty(value.shape, dtype=dtype, device=value.packed.device)
+        if reader is None or reader[0] is not value:
+            packed, scale, g = value.tensors()
+            self._reader = reader = value, ops.Dequantize(packed, scale.view(torch.uint8), g)
+        reader[1](out)
         return out
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -255,6 +255,17 @@ def custom_all_gather(env: Env, before: bool) -> None:
 
 
 @case(2)
+def memory_from_the_process_group(env: Env) -> None:
+    """Asked for when gathers have begun: the all-gather that FSDP2 puts in place is what gathers from then on."""
+    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    for enable in (False, True, False):
+        pair.step()
+        for unit in (pair.model, *layers(pair.model)):
+            unit.set_allocate_memory_from_process_group_for_comm(enable)
+        pair.step()
+
+
+@case(2)
 def other_methods_than_forward(env: Env) -> None:
     pair = Pair(env, policy=MIXED)
 

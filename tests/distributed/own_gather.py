@@ -56,6 +56,7 @@ again(training, 2, HERE, forced, OWN, one_of("gradient_accumulation[last]", "glo
 again(training, 2, HERE, forced, OWN, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
 again(features, 2, HERE, forced, OWN, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
 again(features, 2, HERE, forced, OWN, one_of("activation_checkpointing[wrapped-layers]", "custom_all_gather"))
+again(features, 2, HERE, forced, OWN, one_of("memory_from_the_process_group"))
 again(traffic, 2, HERE, forced, OWN, one_of("bytes_gathered[mixed]", "bytes_gathered[unit-per-layer]"))
 again(traffic, 2, HERE, forced, OWN, one_of("nothing_unsharded_stays[mixed]", "steps_allocate_no_more_than_they_free"))
 again(traffic, 2, HERE, forced, OWN, one_of("gathered_bytes_are_freed", "one_reduction_and_one_packing_a_step[plain]"))
