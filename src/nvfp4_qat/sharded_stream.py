@@ -26,7 +26,8 @@ from .gather import Gather
 from .model_tensors import ModelTensor
 from .ops import PackedNVFP4
 from .plan import QuantizedTensor, QuantPlan
-from .shards import Shard, ShardPacker, Unit, reduce_max
+from .shard_packer import ShardPacker, reduce_max
+from .shards import Shard, Unit
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
 from nvfp4_qat import gather, gather_unit
-from nvfp4_qat.shards import ShardPacker
+from nvfp4_qat.shard_packer import ShardPacker
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
