@@ -10,7 +10,8 @@ those whose scale moved once more. The copies are overwritten then before anythi
 count as stale from before the first byte changes until all is well: after NaN, or any other error, the next read packs
 again, and a backward that needs the old values raises.
 
-A group that cannot be quantized (NaN) is left stale and the others are packed: only who reads it gets the error.
+A group that cannot be quantized (NaN) is left stale and the others are packed: only who reads it gets the error. Where
+that is looked at later (`deferred`), whoever steps next gets it.
 
 Not packed together: weights that were only handed out and may well be unchanged (`FusionGroup.pack` compares them), on
 other devices, with gaps between their elements, or whose parameter is not one; weights that FSDP shards (`window`).
@@ -18,6 +19,7 @@ other devices, with gaps between their elements, or whose parameter is not one; 
 Everything is written into the storages that training reads. A second packed copy of the model exists at no time.
 """
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .deferred import Checks
 from .errors import UserError
 from .format import BLOCK
 from .multi import Amaxes, Packs
@@ -51,6 +54,7 @@ class Family:
     def __init__(self) -> None:
         self._groups: weakref.WeakKeyDictionary[FusionGroup, None] = weakref.WeakKeyDictionary()
         self._orders: dict[torch.device, StreamOrder] = {}
+        self.checks = Checks()
 
     def add(self, group: "FusionGroup") -> None:
         self._groups.setdefault(group)
@@ -72,15 +76,23 @@ class Family:
         for group in self.groups():
             if group is not wanted and (others := _entries(group)) is not None and _alike(entries, others):
                 together.append(others)
-        order = self.order(entries[0].master.device)
+        device = entries[0].master.device
+        order, later = self.order(device), self.checks.may_wait(device)
         with torch.inference_mode(False), torch.no_grad():
             batch = _batches.pop(self, None)
             if batch is None or not batch.fits(together):
                 batch = Batch(together, wanted.policy)
             order.before_packing()
-            good = batch.pack(together)
+            if later:
+                packed = [[e.weight for e in group] for group in together]
+                self.checks.later(batch.pack_unchecked(together), functools.partial(_check, packed))
+                good = [True]
+            else:
+                good = batch.pack(together)
             order.packed()
             _batches[self] = batch
+        if not later and all(good):
+            self.checks.passed()
         return good[0]
 
     def order(self, device: torch.device) -> StreamOrder:
@@ -131,6 +143,34 @@ def _kept(entries: Sequence[Entry]) -> bool:
     return all(e.weight.has_room_for(e.master) for e in entries)
 
 
+def _check(groups: "Sequence[Sequence[PackedWeight]]", amax: Tensor) -> None:
+    """Raise `UserError` for weights that were packed and cannot be quantized; they count as stale again.
+
+    Args:
+        groups: what was packed.
+        amax: of each group's items in turn, int32 bit patterns on the host.
+    """
+    fine = amax.view(torch.float32) <= ops.largest_magnitude()  # false for NaN
+    if bool(fine.all()):
+        return
+    bad: list[PackedWeight] = []
+    at = 0
+    for group in groups:
+        end = at + group[0].items()
+        if not bool(fine[at:end].all()):
+            bad += group
+        at = end
+    for weight in bad:
+        weight.seen = None
+    for weight in bad:
+        if weight.alive():
+            ops.check_amax(ops.amax(weight.master().detach(), weight.batch_dims), weight.name)
+    names = ", ".join(weight.name for weight in bad)
+    raise UserError(
+        f"{names}: one of them held NaN, Inf or a magnitude beyond {ops.largest_magnitude():g} when a forward read it"
+    )
+
+
 class Batch:
     """Groups that are packed together, and the kernels' tables for them.
 
@@ -160,6 +200,9 @@ class Batch:
             end += count
         codes, scales = [t.packed for t in self._targets], [t.scale.view(torch.uint8) for t in self._targets]
         self._packs = Packs([e.master for e in entries], self._items, self._first, codes, scales)
+        self._g = torch.empty(end, dtype=torch.float32, device=entries[0].master.device)
+        slots = [slot for slot, group in zip(self._slots, groups, strict=True) for _ in group]
+        self._g_of = [self._g[s].view(t.global_scale.shape) for s, t in zip(slots, self._targets, strict=True)]
         self._amaxes: Amaxes | None = None
 
     def fits(self, groups: Sequence[Sequence[Entry]]) -> bool:
@@ -204,6 +247,30 @@ class Batch:
             for j in tensors if fine else ():
                 entries[j].weight.value, entries[j].weight.seen = self._targets[j], entries[j].signature
         return good
+
+    def pack_unchecked(self, groups: Sequence[Sequence[Entry]]) -> Tensor:
+        """`pack` without waiting for the device; all groups count as fresh.
+
+        Returns:
+            What `_check` needs.
+        """
+        entries = [e for group in groups for e in group]
+        kept = all(e.weight.value is t for e, t in zip(entries, self._targets, strict=True))
+        amax = torch.zeros(self._slots[-1].stop, dtype=torch.int32, device=entries[0].master.device)
+        for entry in entries:
+            entry.weight.overwrite()
+        old: Tensor | None = None
+        if kept and self._policy == "pow2":
+            old = torch.cat([self._targets[tensors[0]].global_scale.reshape(-1) for tensors in self._of_group])
+            self._packs(old, amax)
+        else:
+            self._amax([e.master for e in entries], amax)
+        self._g.copy_(reference.global_scale(amax.view(torch.float32), self._policy))
+        self._packs(self._g, unless=old)
+        torch._foreach_copy_([t.global_scale for t in self._targets], self._g_of)
+        for entry, target in zip(entries, self._targets, strict=True):
+            entry.weight.value, entry.weight.seen = target, entry.signature
+        return amax
 
     def _amax(self, masters: Sequence[Tensor], out: Tensor) -> None:
         if self._amaxes is None or not self._amaxes.fits(masters):

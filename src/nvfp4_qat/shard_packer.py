@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import ops, reference
+from . import deferred, ops, reference
+from .deferred import ToHost
 from .errors import UserError
 from .multi import Amaxes, Packs
 from .shards import Unit, aligned
@@ -60,14 +61,9 @@ class ShardPacker:
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
         self._stage = _Stage(self.device)
-        self._pending: _Pending | None = None
+        self._pending: ToHost | None = None
         self._all = _Chunk(self.units, self._stage)
         self._single: dict[int, _Chunk] = {}
-
-    @property
-    def deferring(self) -> bool:
-        """Whether `pack` may leave it to `check_pending` to raise."""
-        return self.device.type == "cuda"
 
     def amax(self) -> Tensor:
         """Largest magnitudes of all weights, over all ranks: int32 bit patterns, one for each global scale."""
@@ -98,7 +94,7 @@ class ShardPacker:
         self.check_pending()
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
-        if self.deferring and chunks == [self._all] and len(self._meshes()) <= 1:
+        if deferred.deferring(self.device) and chunks == [self._all] and len(self._meshes()) <= 1:
             self._pack_all(speculative)
             return list(units)
         amax = self._amax.clone()
@@ -142,7 +138,7 @@ class ShardPacker:
         self.g.copy_(g)
         self._amax = amax
         self._packed_before = True
-        self._pending = _Pending(amax)
+        self._pending = ToHost(amax)
 
     def check_pending(self) -> None:
         """Raise what `pack` has not waited for. All ranks call it at the same points."""
@@ -203,24 +199,6 @@ class ShardPacker:
 
     def _chunk(self, unit: Unit) -> "_Chunk":
         return self._single.setdefault(id(unit), _Chunk([unit], self._stage))
-
-
-class _Pending:
-    """A device tensor on its way to the host."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: Any = None
-        self._host = tensor
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.current_stream(tensor.device).record_event()
-
-    def wait(self) -> Tensor:
-        """The values."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
 
 
 class _Stage:
