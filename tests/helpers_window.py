@@ -372,8 +372,8 @@ def holds_no_copy_after_reshard(
             loss.backward()
             del loss
             assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after backward"
-    # Bytes: a generation number, an amax, a global scale, and what else comes and goes; CUDA rounds up to 512. Copies of
-    # the weights would be a hundred times as much.
+    # Bytes: a generation number, an amax, a global scale, and what else comes and goes; CUDA rounds up to 512. Copies
+    # of the weights would be a hundred times as much.
     each = 512 if DEVICE == "cpu" else 1024
     slack = each * len(nq.qat_plan(sharded).quantized)
     assert held[1] - held[0] <= slack, f"{held[1] - held[0]} bytes more held after forward than without QAT"
