@@ -158,13 +158,14 @@ def _check(groups: "Sequence[Sequence[PackedWeight]]", amax: Tensor) -> None:
     for group in groups:
         end = at + group[0].items()
         if not bool(fine[at:end].all()):
-            bad += group
+            bad += [weight for weight in group if weight.alive()]  # else nobody can use it any more
         at = end
+    if not bad:
+        return
     for weight in bad:
         weight.seen = None
     for weight in bad:
-        if weight.alive():
-            ops.check_amax(ops.amax(weight.master().detach(), weight.batch_dims), weight.name)
+        ops.check_amax(ops.amax(weight.master().detach(), weight.batch_dims), weight.name)
     names = ", ".join(weight.name for weight in bad)
     raise UserError(
         f"{names}: one of them held NaN, Inf or a magnitude beyond {ops.largest_magnitude():g} when a forward read it"

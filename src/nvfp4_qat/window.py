@@ -177,7 +177,7 @@ def _fine(amax: Tensor) -> bool:
 
 def _check(groups: "Sequence[FusionGroup]", counts: Sequence[int], amax: Tensor) -> None:
     """Raise `UserError` for groups that were read and cannot be quantized; their scales will be renewed."""
-    bad = [g for g, bits in zip(groups, amax.split(list(counts)), strict=True) if not _fine(bits)]
+    bad = [g for g, bits in zip(groups, amax.split(list(counts)), strict=True) if not _fine(bits) and g.members()]
     for group in bad:
         if group.window is not None:
             group.window.forget()
