@@ -10,8 +10,7 @@ those whose scale moved once more. The copies are overwritten then before anythi
 count as stale from before the first byte changes until all is well: after NaN, or any other error, the next read packs
 again, and a backward that needs the old values raises.
 
-A group that cannot be quantized (NaN) is left stale and the others are packed: only who reads it gets the error. Where
-that is looked at later (`deferred`), whoever steps next gets it.
+A group that cannot be quantized (NaN) is left stale and the others are packed: only who reads it gets the error.
 
 Not packed together: weights that were only handed out and may well be unchanged (`FusionGroup.pack` compares them), on
 other devices, with gaps between their elements, or whose parameter is not one; weights that FSDP shards (`window`).
@@ -84,7 +83,7 @@ class Family:
                 batch = Batch(together, wanted.policy)
             order.before_packing()
             if later:
-                packed = [[e.weight for e in group] for group in together]
+                packed = [(_items(group[0]), [weakref.ref(e.weight) for e in group]) for group in together]
                 self.checks.later(batch.pack_unchecked(together), functools.partial(_check, packed))
                 good = [True]
             else:
@@ -143,11 +142,16 @@ def _kept(entries: Sequence[Entry]) -> bool:
     return all(e.weight.has_room_for(e.master) for e in entries)
 
 
-def _check(groups: "Sequence[Sequence[PackedWeight]]", amax: Tensor) -> None:
+def _items(entry: Entry) -> int:
+    """How many global scales a weight has."""
+    return entry.master.shape[: entry.weight.batch_dims].numel()
+
+
+def _check(groups: "Sequence[tuple[int, Sequence[weakref.ref[PackedWeight]]]]", amax: Tensor) -> None:
     """Raise `UserError` for weights that were packed and cannot be quantized; they count as stale again.
 
     Args:
-        groups: what was packed.
+        groups: what was packed: items, and members.
         amax: of each group's items in turn, int32 bit patterns on the host.
     """
     fine = amax.view(torch.float32) <= ops.largest_magnitude()  # false for NaN
@@ -155,11 +159,10 @@ def _check(groups: "Sequence[Sequence[PackedWeight]]", amax: Tensor) -> None:
         return
     bad: list[PackedWeight] = []
     at = 0
-    for group in groups:
-        end = at + group[0].items()
-        if not bool(fine[at:end].all()):
-            bad += [weight for weight in group if weight.alive()]  # else nobody can use it any more
-        at = end
+    for count, members in groups:
+        if not bool(fine[at : at + count].all()):  # one that is gone can be used by nobody
+            bad += [weight for ref in members if (weight := ref()) is not None and weight.alive()]
+        at += count
     if not bad:
         return
     for weight in bad:
@@ -193,7 +196,7 @@ class Batch:
         """Which tensors are a group's."""
         end = 0
         for group in groups:
-            count = group[0].master.shape[: group[0].weight.batch_dims].numel()
+            count = _items(group[0])
             self._slots.append(slice(end, end + count))
             self._of_group.append(range(len(self._items), len(self._items) + len(group)))
             self._items += [count] * len(group)

@@ -1,9 +1,10 @@
-"""`Checks`: what packing finds, looked at when that costs nothing.
+"""`Checks`: what packing finds, looked at when that costs nothing. Not in use yet (`deferring`).
 
 Packing has to tell that a weight holds NaN. A host that waits for the GPU to know has no lead when the forward goes on,
-and small batches then wait for Python. So on a GPU the numbers travel while training goes on, and are looked at before
-the next optimizer step: nothing is trained with what cannot be quantized. Without gradients there may be no such step,
-and what is evaluated is looked at right away. So is everything after a check has failed, until one passes.
+and small batches then wait for Python. So the numbers could travel while training goes on, and be looked at before the
+next optimizer step. Missing for that: checks before the next forward too (a loop may skip steps whose loss is not
+finite, and `torch.optim` steps with a closure run the forward themselves), one order of checks on all ranks whatever
+optimizer steps, weak references, and errors that stay until a packing passes.
 """
 
 import weakref
@@ -38,8 +39,8 @@ class ToHost:
 
 
 def deferring(device: torch.device) -> bool:
-    """Whether waiting for this device is worth avoiding."""
-    return device.type == "cuda"
+    """Whether what is packed on this device is looked at later."""
+    return False
 
 
 class Checks:

@@ -7,10 +7,7 @@ With power-of-two global scales the second pass over the weights is the first: t
 scales while their magnitudes are taken, and only weights whose scale moved are packed again. A scale moves when amax
 crosses a power of two times 2688, which is rare.
 
-NaN in any rank's shard stops every rank, with the tensor's name. On a GPU not at once: packing all weights, as after an
-optimizer step, does not wait for the device, because a host that waits there has no lead in the forward that follows.
-What was found is looked at later (`ShardPacker.check_pending`), at a point that all ranks reach. Packing some of the
-weights waits.
+One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

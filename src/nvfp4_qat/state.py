@@ -186,10 +186,6 @@ class PackedWeight:
             maybe = next(self._never_twice)
         return maybe, written, -1 if inference else p._version, id(p), p.data_ptr(), p.device
 
-    def items(self) -> int:
-        """How many global scales the packed copy has."""
-        return self.value.global_scale.numel() if self.value is not None else 0
-
     def unchanged(self) -> bool:
         """Whether `signature` is that of the packed copy, found out with few lookups: every read asks."""
         module, seen = self._owner() if self._owner else None, self.seen

@@ -51,23 +51,6 @@ def delayed(env: Env, owner: Any, name: str) -> Iterator[list[int]]:
         yield calls
 
 
-@case(2)
-def a_step_does_not_wait(env: Env) -> None:
-    """Between an optimizer step and the end of the backward that follows the host never waits for the GPU."""
-    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
-    for _ in range(3):
-        pair.step()
-    x = pair.inputs()[env.rank]
-    if env.device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = loss_of(pair.model(x))
-        loss.backward()
-    finally:
-        if env.device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
 WIRES = {"through-fsdp": 1 << 60, "own": 0}
 
 
