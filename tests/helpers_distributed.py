@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 import traceback
-import unittest.mock
+import unittest
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,22 +128,6 @@ def case(*world: int, **variants: dict[str, Any]) -> Callable[[Callable[..., Non
     return register
 
 
-def deferred(function: Callable[..., None]) -> Callable[..., None]:
-    """For `again`: what was packed is looked at before the next optimizer step, as on a GPU."""
-
-    @functools.wraps(function)
-    def run(env: Env, **arguments: Any) -> None:
-        with unittest.mock.patch("nvfp4_qat.deferred.deferring", lambda device: True):
-            function(env, **arguments)
-
-    return run
-
-
-def one_of(*names: str) -> Callable[[str], bool]:
-    """For `again`: cases of these names, in all their variants."""
-    return lambda name: any(name == n or name.startswith(f"{n}[") for n in names)
-
-
 def again(
     module: ModuleType,
     world: int,
@@ -163,7 +147,7 @@ def again(
         chosen: which of them, by name.
     """
     known = _registry.setdefault((under.__name__, world), {})
-    for name, entry in list(_registry[module.__name__, world].items()):
+    for name, entry in _registry[module.__name__, world].items():
         if chosen(name):
             assert name + suffix not in known, f"two cases are called {name + suffix}"
             known[name + suffix] = Case(name + suffix, wrap(entry.run), entry.arguments)

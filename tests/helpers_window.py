@@ -372,9 +372,7 @@ def holds_no_copy_after_reshard(
             loss.backward()
             del loss
             assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after backward"
-    # Bytes: a generation number, an amax, a global scale, and what else comes and goes; CUDA rounds up to 512. Copies
-    # of the weights would be a hundred times as much.
-    each = 512 if DEVICE == "cpu" else 1024
+    each = 64 if DEVICE == "cpu" else 1024  # bytes: a generation number, an amax, a global scale; CUDA rounds up to 512
     slack = each * len(nq.qat_plan(sharded).quantized)
     assert held[1] - held[0] <= slack, f"{held[1] - held[0]} bytes more held after forward than without QAT"
 
@@ -401,22 +399,12 @@ def stops_every_rank_at_nan(sharding: Sharding, poison: Callable[[nn.Module], No
     torch.optim.SGD(model.parameters(), lr=0.0).step()
     if dist.get_rank() == dist.get_world_size() - 1:
         poison(model)
-
-    def step() -> None:
-        loss_of(model(batch(0))).backward()
-        torch.optim.SGD(model.parameters(), lr=0.0).step()  # on a GPU the first to look
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            model(batch(0))
-
-    for use in (step, evaluate):
-        try:
-            use()
-        except nq.UserError as error:
-            assert "layers.1.mlp.down_proj.weight" in str(error) and "NaN" in str(error), error
-        else:
-            raise AssertionError("NaN went unnoticed")
+    try:
+        model(batch(0))
+    except nq.UserError as error:
+        assert "layers.1.mlp.down_proj.weight holds NaN" in str(error), error
+    else:
+        raise AssertionError("NaN went unnoticed")
 
 
 def refuses_siblings_in_different_units(sharding: Sharding) -> None:

@@ -13,7 +13,7 @@ import helpers_window as scenarios
 import pytest
 import torch
 from distributed.models import Layer
-from helpers_distributed import Env, again, case, cases, deferred, group, one_of
+from helpers_distributed import Env, case, cases, group
 from helpers_window import ON, OPTIMIZERS, Reference, Sharding, assert_equal_forward, batch, decoder, loss_of
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
@@ -300,11 +300,6 @@ def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
     with pytest.raises(nq.UserError, match=r"layers\.0\.mlp\.up_proj\.weight is used while FSDP shards it"):
         model.module.layers[0].module.mlp.up_proj(batch(0))
 
-
-HERE = sys.modules[__name__]
-again(
-    HERE, 2, HERE, deferred, "-deferred", one_of("trains_as_one_process[full-original-loop]", "stops_every_rank_at_nan")
-)
 
 two = group(sys.modules[__name__], world=2)
 two_gpus = group(sys.modules[__name__], world=2, device="cuda")

@@ -9,8 +9,6 @@ from small_models import master_grads, qwen3_moe, reference_of, stack, straight_
 from torch import nn
 
 import nvfp4_qat as nq
-from nvfp4_qat import deferred
-from nvfp4_qat.qat_module import packed_weights_of
 
 pytestmark = pytest.mark.gpu
 ON = nq.QATConfig(enable=True)
@@ -46,34 +44,6 @@ def test_one_layer_equals_the_definition_bitwise(shape, bias, dtype):
     y2.backward(upstream)
     assert torch.equal(x1.grad, x2.grad)
     assert torch.equal(layer.weight.grad, reference.weight.grad)
-
-
-@pytest.mark.skipif(not deferred.deferring(torch.device("cuda")), reason="packing waits for the device")
-def test_training_does_not_wait_for_the_gpu():
-    """After an optimizer step the next forward packs again, and what that finds is looked at in the next step."""
-    model = stack().cuda().bfloat16()
-    nq.apply_qat(model, ON)
-    x = torch.randn(4, 32, device="cuda", dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    weights = list(packed_weights_of(model))
-    for _ in range(3):
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    packed = [w.generation for w in weights]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(x).square().mean().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(w.generation > old for w, old in zip(weights, packed, strict=True))
-    with torch.no_grad():
-        weights[0].master()[0, 0] = float("nan")
-    model(x).square().mean().backward()
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(nq.UserError, match=f"{weights[0].name} holds NaN"):
-        optimizer.step()
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)

@@ -11,7 +11,7 @@ import helpers_window as scenarios
 import pytest
 import torch
 from distributed.models import Layer
-from helpers_distributed import Env, again, case, cases, deferred, group, one_of
+from helpers_distributed import Env, case, cases, group
 from helpers_window import OPTIMIZERS, Sharding, batch, decoder, loss_of
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
@@ -281,16 +281,6 @@ def autocast_over_fp32_shards(env: Env) -> None:
     grads = {canonical_name(n): p.grad.full_tensor() for n, p in model.named_parameters()}
     scenarios.assert_same(grads, {n: p.grad for n, p in reference.masters.named_parameters()})
 
-
-HERE = sys.modules[__name__]
-again(
-    HERE,
-    2,
-    HERE,
-    deferred,
-    "-deferred",
-    one_of("trains_as_one_process", "replicas", "accumulates_gradients", "stops_every_rank_at_nan"),
-)
 
 two = group(sys.modules[__name__], world=2)
 two_gpus = group(sys.modules[__name__], world=2, device="cuda")

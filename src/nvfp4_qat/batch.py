@@ -18,7 +18,6 @@ other devices, with gaps between their elements, or whose parameter is not one; 
 Everything is written into the storages that training reads. A second packed copy of the model exists at no time.
 """
 
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +26,6 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .deferred import Checks
 from .errors import UserError
 from .format import BLOCK
 from .multi import Amaxes, Packs
@@ -53,7 +51,6 @@ class Family:
     def __init__(self) -> None:
         self._groups: weakref.WeakKeyDictionary[FusionGroup, None] = weakref.WeakKeyDictionary()
         self._orders: dict[torch.device, StreamOrder] = {}
-        self.checks = Checks()
 
     def add(self, group: "FusionGroup") -> None:
         self._groups.setdefault(group)
@@ -75,23 +72,15 @@ class Family:
         for group in self.groups():
             if group is not wanted and (others := _entries(group)) is not None and _alike(entries, others):
                 together.append(others)
-        device = entries[0].master.device
-        order, later = self.order(device), self.checks.may_wait(device)
+        order = self.order(entries[0].master.device)
         with torch.inference_mode(False), torch.no_grad():
             batch = _batches.pop(self, None)
             if batch is None or not batch.fits(together):
                 batch = Batch(together, wanted.policy)
             order.before_packing()
-            if later:
-                packed = [(_items(group[0]), [weakref.ref(e.weight) for e in group]) for group in together]
-                self.checks.later(batch.pack_unchecked(together), functools.partial(_check, packed))
-                good = [True]
-            else:
-                good = batch.pack(together)
+            good = batch.pack(together)
             order.packed()
             _batches[self] = batch
-        if not later and all(good):
-            self.checks.passed()
         return good[0]
 
     def order(self, device: torch.device) -> StreamOrder:
@@ -142,39 +131,6 @@ def _kept(entries: Sequence[Entry]) -> bool:
     return all(e.weight.has_room_for(e.master) for e in entries)
 
 
-def _items(entry: Entry) -> int:
-    """How many global scales a weight has."""
-    return entry.master.shape[: entry.weight.batch_dims].numel()
-
-
-def _check(groups: "Sequence[tuple[int, Sequence[weakref.ref[PackedWeight]]]]", amax: Tensor) -> None:
-    """Raise `UserError` for weights that were packed and cannot be quantized; they count as stale again.
-
-    Args:
-        groups: what was packed: items, and members.
-        amax: of each group's items in turn, int32 bit patterns on the host.
-    """
-    fine = amax.view(torch.float32) <= ops.largest_magnitude()  # false for NaN
-    if bool(fine.all()):
-        return
-    bad: list[PackedWeight] = []
-    at = 0
-    for count, members in groups:
-        if not bool(fine[at : at + count].all()):  # one that is gone can be used by nobody
-            bad += [weight for ref in members if (weight := ref()) is not None and weight.alive()]
-        at += count
-    if not bad:
-        return
-    for weight in bad:
-        weight.seen = None
-    for weight in bad:
-        ops.check_amax(ops.amax(weight.master().detach(), weight.batch_dims), weight.name)
-    names = ", ".join(weight.name for weight in bad)
-    raise UserError(
-        f"{names}: one of them held NaN, Inf or a magnitude beyond {ops.largest_magnitude():g} when a forward read it"
-    )
-
-
 class Batch:
     """Groups that are packed together, and the kernels' tables for them.
 
@@ -196,7 +152,7 @@ class Batch:
         """Which tensors are a group's."""
         end = 0
         for group in groups:
-            count = _items(group[0])
+            count = group[0].master.shape[: group[0].weight.batch_dims].numel()
             self._slots.append(slice(end, end + count))
             self._of_group.append(range(len(self._items), len(self._items) + len(group)))
             self._items += [count] * len(group)
@@ -204,9 +160,6 @@ class Batch:
             end += count
         codes, scales = [t.packed for t in self._targets], [t.scale.view(torch.uint8) for t in self._targets]
         self._packs = Packs([e.master for e in entries], self._items, self._first, codes, scales)
-        self._g = torch.empty(end, dtype=torch.float32, device=entries[0].master.device)
-        slots = [slot for slot, group in zip(self._slots, groups, strict=True) for _ in group]
-        self._g_of = [self._g[s].view(t.global_scale.shape) for s, t in zip(slots, self._targets, strict=True)]
         self._amaxes: Amaxes | None = None
 
     def fits(self, groups: Sequence[Sequence[Entry]]) -> bool:
@@ -251,30 +204,6 @@ class Batch:
             for j in tensors if fine else ():
                 entries[j].weight.value, entries[j].weight.seen = self._targets[j], entries[j].signature
         return good
-
-    def pack_unchecked(self, groups: Sequence[Sequence[Entry]]) -> Tensor:
-        """`pack` without waiting for the device; all groups count as fresh.
-
-        Returns:
-            What `_check` needs.
-        """
-        entries = [e for group in groups for e in group]
-        kept = all(e.weight.value is t for e, t in zip(entries, self._targets, strict=True))
-        amax = torch.zeros(self._slots[-1].stop, dtype=torch.int32, device=entries[0].master.device)
-        for entry in entries:
-            entry.weight.overwrite()
-        old: Tensor | None = None
-        if kept and self._policy == "pow2":
-            old = torch.cat([self._targets[tensors[0]].global_scale.reshape(-1) for tensors in self._of_group])
-            self._packs(old, amax)
-        else:
-            self._amax([e.master for e in entries], amax)
-        self._g.copy_(reference.global_scale(amax.view(torch.float32), self._policy))
-        self._packs(self._g, unless=old)
-        torch._foreach_copy_([t.global_scale for t in self._targets], self._g_of)
-        for entry, target in zip(entries, self._targets, strict=True):
-            entry.weight.value, entry.weight.seen = target, entry.signature
-        return amax
 
     def _amax(self, masters: Sequence[Tensor], out: Tensor) -> None:
         if self._amaxes is None or not self._amaxes.fits(masters):

@@ -90,8 +90,6 @@ class QATExperts(QATModule):
         kept: list[tuple[PackedWeight, Tensor, int]] = []
         for name, handle in self._qat_handles.items():
             master = getattr(self, name)
-            if not torch.compiler.is_compiling():
-                self._qat_weights[name].ensure(master)  # here, where gradients are on if this is training
             w, generation = _Dequantized.apply(master, handle, dtype or master.dtype)  # type: ignore[no-untyped-call]
             shown[name] = w
             if not torch.compiler.is_compiling():

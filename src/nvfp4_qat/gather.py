@@ -18,7 +18,8 @@ program. What happens on some ranks only, because FSDP2 pads shards there, is no
 memory that PyTorch does not see (a foreign kernel, a collective on the local tensor) need `nvfp4_qat.refresh`; the next
 sync or export notices them.
 
-Weights that cannot be quantized (NaN) stop all ranks when they are packed.
+Weights that cannot be quantized (NaN) stop all ranks: when they are packed, or on a GPU, where packing does not wait
+for the device, before the next optimizer step (`Gather.check_pending`).
 
 Streams. A gather may run on another stream than the one that packed or the one that wrote the weights. Packing waits
 for the writers and for all readers of the bytes that it replaces; a gather waits for the packing.

@@ -109,16 +109,9 @@ class _EagerLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        master: Tensor,
-        bias: Tensor | None,
-        weight: PackedWeight,
-        generation: Tensor,
-        whole: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight, whole: bool) -> Tensor:
         ctx.keep_alive, ctx.dtype, ctx.shape = weight, x.dtype, x.shape  # the model may be dropped before backward
+        generation = weight.ensure(master)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, master, weight.handle, generation)
         if whole:
             return F.linear(x, weight.current(master, x.dtype), bias)
@@ -126,10 +119,10 @@ class _EagerLinear(torch.autograd.Function):
         return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one element
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, master, handle, generation = ctx.saved_tensors
         w = read_again(master, handle, generation, ctx.dtype, grad) if ctx.needs_input_grad[0] else None
-        return *_gradients(ctx, grad, x, master, w), None, None, None
+        return *_gradients(ctx, grad, x, master, w), None, None
 
 
 def _gradients(
@@ -151,11 +144,11 @@ def _gradients(
 
 def _linear(x: Tensor, master: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
     """The layer in eager mode."""
-    generation = weight.ensure(master)
     if not torch.is_grad_enabled():
+        weight.ensure(master)
         return F.linear(x, weight.current(master, x.dtype), bias)
     whole = _dispatch_modes() > 0 or type(x) not in (Tensor, nn.Parameter)
-    result: Tensor = _EagerLinear.apply(x, master, bias, weight, generation, whole)  # type: ignore[no-untyped-call]
+    result: Tensor = _EagerLinear.apply(x, master, bias, weight, whole)  # type: ignore[no-untyped-call]
     if whole:
         return result
     with torch.no_grad():

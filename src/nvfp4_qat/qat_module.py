@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapters import guard
-from .deferred import Checks
 from .parameter import after_optimizer_step
 from .state import PackedWeight
 
@@ -66,6 +65,5 @@ _hooks: list[Any] = []
 def _install_hooks() -> None:
     """Once a process, when its first quantized module is made or unpickled."""
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(Checks.before_optimizer_step))
         _hooks.append(register_optimizer_step_post_hook(after_optimizer_step))
         _hooks.append(register_module_module_registration_hook(guard))

@@ -7,7 +7,10 @@ With power-of-two global scales the second pass over the weights is the first: t
 scales while their magnitudes are taken, and only weights whose scale moved are packed again. A scale moves when amax
 crosses a power of two times 2688, which is rare.
 
-One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
+NaN in any rank's shard stops every rank, with the tensor's name. On a GPU not at once: packing all weights, as after an
+optimizer step, does not wait for the device, because a host that waits there has no lead in the forward that follows.
+What was found is looked at later (`ShardPacker.check_pending`), at a point that all ranks reach. Packing some of the
+weights waits.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import deferred, ops, reference
-from .deferred import ToHost
+from . import ops, reference
 from .errors import UserError
 from .multi import Amaxes, Packs
 from .shards import Unit, aligned
@@ -58,9 +60,14 @@ class ShardPacker:
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
         self._stage = _Stage(self.device)
-        self._pending: ToHost | None = None
+        self._pending: _Pending | None = None
         self._all = _Chunk(self.units, self._stage)
         self._single: dict[int, _Chunk] = {}
+
+    @property
+    def deferring(self) -> bool:
+        """Whether `pack` may leave it to `check_pending` to raise."""
+        return self.device.type == "cuda"
 
     def amax(self) -> Tensor:
         """Largest magnitudes of all weights, over all ranks: int32 bit patterns, one for each global scale."""
@@ -91,7 +98,7 @@ class ShardPacker:
         self.check_pending()
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
-        if deferred.deferring(self.device) and chunks == [self._all] and len(self._meshes()) <= 1:
+        if self.deferring and chunks == [self._all] and len(self._meshes()) <= 1:
             self._pack_all(speculative)
             return list(units)
         amax = self._amax.clone()
@@ -135,7 +142,7 @@ class ShardPacker:
         self.g.copy_(g)
         self._amax = amax
         self._packed_before = True
-        self._pending = ToHost(amax)
+        self._pending = _Pending(amax)
 
     def check_pending(self) -> None:
         """Raise what `pack` has not waited for. All ranks call it at the same points."""
@@ -196,6 +203,24 @@ class ShardPacker:
 
     def _chunk(self, unit: Unit) -> "_Chunk":
         return self._single.setdefault(id(unit), _Chunk([unit], self._stage))
+
+
+class _Pending:
+    """A device tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: Any = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The values."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
 
 
 class _Stage:

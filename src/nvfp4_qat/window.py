@@ -31,7 +31,6 @@ weight, or amax changed: another model's step in between must do no harm.
 What is deliberately missing: tensor parallelism.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -133,60 +132,28 @@ class WindowScale:
             if other.window.stale(other):
                 groups.append(other)
                 tensors.append(weights)
-        checks = group.family.checks
-        later = checks.may_wait(shown.device)
         with torch.inference_mode(False), torch.no_grad():
             signatures = [_signature(g) for g in groups]  # before reading: a write from now on makes it stale again
             counts = [w[0].shape[: g.members()[0].batch_dims].numel() for g, w in zip(groups, tensors, strict=True)]
             amax = _amaxes(tensors, counts)
             scales = reference.global_scale(amax.view(torch.float32), group.policy).split(counts)
-            fine = [True] * len(groups)
-            if later:
-                checks.later(amax, functools.partial(_check, groups, counts))
-            else:
-                fine = [_fine(bits) for bits in amax.cpu().split(counts)]  # waits for the device
+            on_host = amax.cpu().split(counts)  # waits for the device
+            fine = [bool((bits.view(torch.float32) <= ops.largest_magnitude()).all()) for bits in on_host]  # NaN: false
             if not fine[0]:
                 for member, w in zip(group.members(), tensors[0], strict=True):
                     ops.check_amax(ops.amax(w, member.batch_dims), member.name)
                 raise AssertionError(f"the amax of {group.name} is out of range and that of no member is")
-            if all(fine) and not later:
-                checks.passed()
-            found = amax.split(counts)
             for i, g in enumerate(groups):
                 if fine[i] and g.window is not None:  # who reads one that is not fine will be told
-                    g.window._keep(g, scales[i], found[i], signatures[i])
-
-    def forget(self) -> None:
-        """Let the next read renew the scale."""
-        self._seen = None
+                    g.window._keep(g, scales[i], on_host[i], signatures[i])
 
     def _keep(self, group: "FusionGroup", g: Tensor, amax: Tensor, signature: list[tuple[Any, Any]]) -> None:
         certain = self._seen is None or [s[1] for s in signature] != [s[1] for s in self._seen]
-        old = self._amax if self._amax is not None and self._amax.device == amax.device else None
-        if certain or old is None or not torch.equal(old, amax):  # the last waits for the device
+        if certain or self._amax is None or not torch.equal(self._amax, amax):
             for member in group.members():
                 member.generation += 1
         batched = group.members()[0].batch_dims > 0
         self.g, self._amax, self._seen = g if batched else g[0], amax, signature
-
-
-def _fine(amax: Tensor) -> bool:
-    """Whether magnitudes, as int32 bit patterns on the host, can be quantized; NaN cannot."""
-    return bool((amax.view(torch.float32) <= ops.largest_magnitude()).all())
-
-
-def _check(groups: "Sequence[FusionGroup]", counts: Sequence[int], amax: Tensor) -> None:
-    """Raise `UserError` for groups that were read and cannot be quantized; their scales will be renewed."""
-    bad = [g for g, bits in zip(groups, amax.split(list(counts)), strict=True) if not _fine(bits) and g.members()]
-    for group in bad:
-        if group.window is not None:
-            group.window.forget()
-    if bad:
-        names = ", ".join(member.name for group in bad for member in group.members())
-        raise UserError(
-            f"{names}: one of them holds NaN, Inf or a magnitude beyond {ops.largest_magnitude():g} and cannot be "
-            "quantized. Check the training step that produced it."
-        )
 
 
 def _signature(group: "FusionGroup") -> list[tuple[Any, Any]]:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from helpers_distributed import Env, again, deferred, one_of
+from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
 from nvfp4_qat import gather, gather_unit
+from nvfp4_qat.shard_packer import ShardPacker
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
@@ -40,6 +41,21 @@ def apart(function: Callable[..., None]) -> Callable[..., None]:
             function(env, **arguments)
 
     return run
+
+
+def deferred(function: Callable[..., None]) -> Callable[..., None]:
+    """As on a GPU: packing does not wait for the device."""
+
+    @functools.wraps(function)
+    def run(env: Env, **arguments: Any) -> None:
+        with mock.patch.object(ShardPacker, "deferring", True):
+            function(env, **arguments)
+
+    return run
+
+
+def one_of(*names: str) -> Callable[[str], bool]:
+    return lambda name: any(name == n or name.startswith(f"{n}[") for n in names)
 
 
 TRAINING = {
