@@ -23,7 +23,6 @@ TABLE = {
     "differs_ptr": "*i32",
     "gathered_ptr": "*u8",
     "g_ptr": "*fp32",
-    "old_g_ptr": "*fp32",
 }
 
 
@@ -73,10 +72,8 @@ def many(target: int) -> dict[str, str]:
         values, words = {"DTYPE": launch.VALUES[dtype]}, {"DTYPE": name}
         kernel = multi_kernels.multi_quantize_kernel
         result[f"amax many {dtype}"] = ptx(multi_kernels.multi_amax_kernel, types, amax | values, target)
-        plain = {"AMAX": False, "MOVED": False}
-        result[f"quantize many {dtype}"] = ptx(kernel, types, pack | words | plain, target)
-        result[f"quantize many with amax {dtype}"] = ptx(kernel, types, pack | words | plain | {"AMAX": True}, target)
-        result[f"quantize many that moved {dtype}"] = ptx(kernel, types, pack | words | plain | {"MOVED": True}, target)
+        result[f"quantize many {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": False}, target)
+        result[f"quantize many with amax {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": True}, target)
         result[f"compare many {dtype}"] = ptx(multi_kernels.multi_compare_kernel, types, pack | words, target)
         result[f"dequantize many {dtype}"] = ptx(multi_kernels.multi_dequantize_kernel, types, unpack | words, target)
     return result

@@ -198,19 +198,6 @@ def test_packing_and_amax_in_one_pass(mode: Mode) -> None:
     assert torch.equal(amax.cpu(), expected)
 
 
-def test_packing_again_what_has_another_multiplier(mode: Mode) -> None:
-    made = Packed(mode)
-    old = some_g(made.n)
-    g = torch.where(torch.arange(made.n) % 3 == 0, old * 2, old)
-    made.packs(old.to(mode.device))
-    made.packs(g.to(mode.device), unless=old.to(mode.device))  # what the kernels cannot read is packed anyway
-    made.check(g.to(mode.device))
-    if mode.kernels:  # the others were not written: with nothing moved, nothing is
-        made.buffer.fill_(0xAA)
-        made.packs(g.to(mode.device), unless=g.to(mode.device))
-        made.check(g.to(mode.device), made.packs._alone)
-
-
 def test_comparing_finds_every_byte(mode: Mode) -> None:
     made = Packed(mode)
     g = some_g(made.n).to(mode.device)

@@ -2,17 +2,16 @@
 
 Hooks on each quantized module see to it that state dicts hold plain tensors (a checkpoint loads without this package)
 and that loaded ones are gathered in 4 bits again, also after ``load_state_dict(assign=True)``. One hook on the model
-refuses a forward in which some weight would be used unquantized, and two on all `torch.optim` optimizers look at what
-was packed before a step and tell that weights changed after it.
+refuses a forward in which some weight would be used unquantized, and one on all `torch.optim` optimizers tells that
+weights changed.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .fsdp import ShardedMaster, plain_tensor
 from .gather import Gather, GatherWeight
@@ -43,7 +42,6 @@ def attach(model: nn.Module, plan: QuantPlan) -> Gather:
     model.register_forward_pre_hook(_before_forward)
     model._nvfp4_gather = gather  # type: ignore[assignment]
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_optimizer_step))
         _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
     return gather
 
@@ -82,31 +80,18 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     gather = module.__dict__.get("_nvfp4_gather")
     if isinstance(gather, Gather) and not torch.compiler.is_compiling():
         gather.check_sharded()
-        if not torch.is_grad_enabled():  # there may be no optimizer step that would look
-            gather.check_pending()
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> Iterator[GatherWeight]:
-    """The gathered weights that an optimizer changes."""
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    gathers: set[Gather] = set()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not parameter.requires_grad:  # the base of LoRA, given to the optimizer with all the rest
                 continue
             shard = getattr(parameter, "_local_tensor", None)
             if isinstance(shard, ShardedMaster) and isinstance(shard.weight, GatherWeight):
-                yield shard.weight
-
-
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for gather in {weight.gather for weight in _trained(optimizer)}:
-        gather.check_pending()
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    gathers: set[Gather] = set()
-    for weight in _trained(optimizer):
-        weight.note()
-        gathers.add(weight.gather)
+                shard.weight.note()
+                gathers.add(shard.weight.gather)
     for gather in gathers:
         gather.after_step()
 

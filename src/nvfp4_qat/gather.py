@@ -18,9 +18,6 @@ program. What happens on some ranks only, because FSDP2 pads shards there, is no
 memory that PyTorch does not see (a foreign kernel, a collective on the local tensor) need `nvfp4_qat.refresh`; the next
 sync or export notices them.
 
-Weights that cannot be quantized (NaN) stop all ranks: when they are packed, or on a GPU, where packing does not wait
-for the device, before the next optimizer step (`Gather.check_pending`).
-
 Streams. A gather may run on another stream than the one that packed or the one that wrote the weights. Packing waits
 for the writers and for all readers of the bytes that it replaces; a gather waits for the packing.
 
@@ -203,26 +200,14 @@ class Gather:
         for unit in self.units:
             unit.stale = True
         self._pack()
-        self.check_pending()
 
     def after_step(self) -> None:
         """Pack at once where there are replicas (HSDP): afterwards one of them may compute without the others."""
         if any(s.mesh is not None and s.mesh.size() > s.world for unit in self.units for s in unit.packed.shards):
             self._pack()
 
-    def check_pending(self) -> None:
-        """Raise `UserError` if what was packed last cannot be quantized. All ranks call it at the same points."""
-        if self._packer is not None:
-            try:
-                self._packer.check_pending()
-            except UserError:
-                for unit in self.units:  # so that whoever goes on is stopped again
-                    unit.stale = True
-                raise
-
     def _pack(self) -> None:
         """Pack what is stale."""
-        self.check_pending()
         stale = [unit for unit in self.units if unit.stale]
         # Not seen by dispatch modes: see `fusion.packing`.
         with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
@@ -244,16 +229,14 @@ class Gather:
                 entry.weight.note()
 
     def agree(self) -> None:
-        """Pack if any rank has seen a change, and raise if that cannot be quantized. Collective."""
+        """Pack if any rank has seen a change. Collective."""
         self._find_units()
-        self.check_pending()
         self._look_at_handed_out()
         flags = torch.tensor([int(unit.stale) for unit in self.units], dtype=torch.int32, device=self.packer.device)
         for unit, flag in zip(self.units, self.packer.reduced(flags).tolist(), strict=True):
             unit.stale = bool(flag)
         if self.stale:
             self._pack()
-            self.check_pending()
 
     def unnoticed_changes(self) -> list[str]:
         """The weights whose packed bytes are not those of their masters. Collective; every rank gets the same list."""

@@ -193,7 +193,7 @@ class Packs(_Tensors):
         items, first = [self._items[i] for i in indices], [self._first[i] for i in indices]
         return Packs(some[0], items, first, some[1], some[2], tiles=self._tiles, kernels=self._kernels)
 
-    def __call__(self, g: Tensor, amax: Tensor | None = None, unless: Tensor | None = None) -> None:
+    def __call__(self, g: Tensor, amax: Tensor | None = None) -> None:
         """Pack part j of tensor i with ``g[first[i] + j]``.
 
         Args:
@@ -201,11 +201,9 @@ class Packs(_Tensors):
             amax: None, or contiguous int32 as for `Amaxes`, to take the maximum with from the same reading. A
                 power-of-two g rarely moves, so packing with the last step's is nearly always right; the caller packs
                 again those whose g moved.
-            unless: multipliers like ``g``: parts that have the same in both are known to be packed with it already.
         """
         assert g.is_contiguous() and g.dtype == torch.float32
         assert amax is None or (amax.is_contiguous() and amax.dtype == torch.int32)
-        assert unless is None or (unless.is_contiguous() and unless.dtype == torch.float32)
         for i in self._alone:
             w, n, part = self._tensors[i], self._items[i], self._part(i)
             codes, scale = (r[i].view(n, -1, size) for r, size in zip(self._results, (CODES, 1), strict=True))
@@ -218,13 +216,7 @@ class Packs(_Tensors):
             with launch.on_device(g):
                 for table in self._tables:
                     multi_kernels.multi_quantize_kernel[table.grid](
-                        table.rows,
-                        g,
-                        g if amax is None else amax,
-                        g if unless is None else unless,
-                        AMAX=amax is not None,
-                        MOVED=unless is not None,
-                        **table.options,
+                        table.rows, g, g if amax is None else amax, AMAX=amax is not None, **table.options
                     )
 
     def compare(self, g: Tensor, differs: Tensor) -> None:

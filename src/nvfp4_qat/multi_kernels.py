@@ -104,23 +104,14 @@ def multi_quantize_kernel(
     table_ptr,
     g_ptr,
     amax_ptr,
-    old_g_ptr,
     DTYPE: tl.constexpr,
     AMAX: tl.constexpr,
-    MOVED: tl.constexpr,
     BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Codes and E4M3 bytes of every span; with ``AMAX`` also what `multi_amax_kernel` does, from the same reading.
-
-    With ``MOVED`` only of spans whose multiplier is not the one in ``old_g``.
-    """
+    """Codes and E4M3 bytes of every span; with ``AMAX`` also what `multi_amax_kernel` does, from the same reading."""
     row_ptr, start, count, index = _share(table_ptr, BLOCKS, STEPS, PROGRAMS)
-    if MOVED:
-        # Compared as bits: NaN is equal to itself.
-        bits = tl.load(g_ptr + index).to(tl.int32, bitcast=True)
-        count = tl.where(bits == tl.load(old_g_ptr + index).to(tl.int32, bitcast=True), 0, count)
     address, codes, scales = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
     if start < count:
         # A span's codes start at a multiple of a block's 8 bytes, its block scales anywhere.

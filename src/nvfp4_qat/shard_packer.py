@@ -7,10 +7,7 @@ With power-of-two global scales the second pass over the weights is the first: t
 scales while their magnitudes are taken, and only weights whose scale moved are packed again. A scale moves when amax
 crosses a power of two times 2688, which is rare.
 
-NaN in any rank's shard stops every rank, with the tensor's name. On a GPU not at once: packing all weights, as after an
-optimizer step, does not wait for the device, because a host that waits there has no lead in the forward that follows.
-What was found is looked at later (`ShardPacker.check_pending`), at a point that all ranks reach. Packing some of the
-weights waits.
+One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,14 +57,8 @@ class ShardPacker:
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
         self._stage = _Stage(self.device)
-        self._pending: _Pending | None = None
         self._all = _Chunk(self.units, self._stage)
         self._single: dict[int, _Chunk] = {}
-
-    @property
-    def deferring(self) -> bool:
-        """Whether `pack` may leave it to `check_pending` to raise."""
-        return self.device.type == "cuda"
 
     def amax(self) -> Tensor:
         """Largest magnitudes of all weights, over all ranks: int32 bit patterns, one for each global scale."""
@@ -83,7 +74,7 @@ class ShardPacker:
         return reference.global_scale(group.view(torch.float32), self.policy)[self._group_of]
 
     def pack(self, units: Sequence[Unit]) -> list[Unit]:
-        """Pack the shards of some units into their buffers. Collective.
+        """Pack the shards of some units into their buffers. Collective; waits for the device once.
 
         Args:
             units: those whose weights changed, the same on every rank.
@@ -93,14 +84,10 @@ class ShardPacker:
 
         Raises:
             UserError: a weight holds NaN, Inf or a magnitude beyond NVFP4, on every rank that holds it; the buffers of
-                the given units hold nothing useful then. Or `check_pending` raises it.
+                the given units hold nothing useful then.
         """
-        self.check_pending()
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
-        if self.deferring and chunks == [self._all] and len(self._meshes()) <= 1:
-            self._pack_all(speculative)
-            return list(units)
         amax = self._amax.clone()
         for unit in units:
             amax[unit.items] = 0
@@ -128,27 +115,6 @@ class ShardPacker:
         for chunk in (*(chunks if speculative else ()), *(self._chunk(unit) for unit in rest)):
             chunk.pack_moved(self.g, moved)
         return [*units, *rest]
-
-    def _pack_all(self, speculative: bool) -> None:
-        """`pack` for all units at once, without waiting."""
-        amax = torch.zeros_like(self._amax)
-        if speculative:
-            self._all.pack(self.g, amax)
-        else:
-            self._all.amax(amax)
-        amax = self._reduced_amax(amax)
-        g = self.scales(amax)
-        self._all.pack(g, unless=self.g if speculative else None)
-        self.g.copy_(g)
-        self._amax = amax
-        self._packed_before = True
-        self._pending = _Pending(amax)
-
-    def check_pending(self) -> None:
-        """Raise what `pack` has not waited for. All ranks call it at the same points."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self.check(pending.wait())
 
     def differing(self) -> Tensor:
         """Which weights would be packed otherwise with the present global scales: int32, one for each of those.
@@ -205,24 +171,6 @@ class ShardPacker:
         return self._single.setdefault(id(unit), _Chunk([unit], self._stage))
 
 
-class _Pending:
-    """A device tensor on its way to the host."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: Any = None
-        self._host = tensor
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.current_stream(tensor.device).record_event()
-
-    def wait(self) -> Tensor:
-        """The values."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
-
-
 class _Stage:
     """Device memory that masters from elsewhere (CPU offload) are copied to, one unit after the other."""
 
@@ -265,15 +213,9 @@ class _Chunk:
         if not self._amaxes.release():
             self._amaxes = None
 
-    def pack(
-        self,
-        g: Tensor,
-        amax: Tensor | None = None,
-        only: Sequence[int] | None = None,
-        unless: Tensor | None = None,
-    ) -> None:
+    def pack(self, g: Tensor, amax: Tensor | None = None, only: Sequence[int] | None = None) -> None:
         with self._tables() as (packs, masters):
-            (packs if only is None else packs.only(only, masters))(g, amax, unless)
+            (packs if only is None else packs.only(only, masters))(g, amax)
 
     def compare(self, g: Tensor, differs: Tensor) -> None:
         with self._tables() as (packs, _):

@@ -143,7 +143,6 @@ def packed_from_shards(
             units.append(Unit([_shard(entry, master)], device))
     packer = ShardPacker(units, plan.config.global_scale)
     packer.pack(units)
-    packer.check_pending()
     return _units(units, packer.g, plan, rank)
 
 

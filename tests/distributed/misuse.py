@@ -210,14 +210,10 @@ def a_bad_value_on_one_rank(env: Env, rank: int, value: float) -> None:
     good = full(pair.parameters()[NAME]).clone()
     poison(pair, rank, value)
     held = {name: full(p).clone() for name, p in pair.parameters().items()}
-
-    def step() -> None:
-        loss_of(pair.model(pair.inputs()[env.rank])).backward()
-        pair.optimizer.step()
-
+    x = pair.inputs()[env.rank]
     for use in (
-        step,
-        step,
+        lambda: pair.model(x),
+        lambda: pair.model(x),
         lambda: list(nq.packed_weights(pair.model)),
         lambda: nq.refresh(pair.model),
     ):
@@ -231,7 +227,6 @@ def a_bad_value_on_one_rank(env: Env, rank: int, value: float) -> None:
     state = pair.model.state_dict()
     dcp.save(state, checkpoint_id=env.path / "after")
     # Repaired, training goes on as if nothing had been.
-    pair.optimizer.zero_grad()
     with torch.no_grad():
         local = pair.parameters()[NAME].to_local()
         rows = good.tensor_split(2)[env.rank]
@@ -244,7 +239,7 @@ def a_bad_value_on_one_rank(env: Env, rank: int, value: float) -> None:
 
 @case(2)
 def a_failed_optimizer_step(env: Env) -> None:
-    """NaN gradients reach the masters: the run stops in the next step, and goes on from its checkpoint."""
+    """NaN gradients reach the masters: the run stops at the next forward, and goes on from its checkpoint."""
     pair = Pair(env, policy=MIXED, reshard_after_forward=True)
     pair.step()
     dcp.save(pair.model.state_dict(), checkpoint_id=env.path / "good")
@@ -252,33 +247,9 @@ def a_failed_optimizer_step(env: Env) -> None:
     (loss * (float("nan") if env.rank == 1 else 1.0)).backward()
     pair.optimizer.step()
     pair.optimizer.zero_grad()
-    spoiled = {name: full(p).clone() for name, p in pair.parameters().items()}
-
-    def step() -> None:
-        loss_of(pair.model(pair.inputs()[env.rank])).backward()
-        pair.optimizer.step()
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            for _ in range(2):
-                pair.model(pair.inputs()[env.rank])
-
-    for use in (
-        step,
-        step,
-        evaluate,
-        lambda: list(nq.packed_weights(pair.model)),
-        lambda: nq.refresh(pair.model),
-        step,
-    ):
-        message = raises_everywhere(nq.UserError, use)
-        assert "layers." in message and "NaN" in message, message
-        pair.model.reshard()
-        for layer in pair.model.layers:
-            layer.reshard()
-    for name, p in pair.parameters().items():  # the optimizer has not stepped again
-        same(as_bytes(full(p)), as_bytes(spoiled[name]), f"master {name}")
-    pair.optimizer.zero_grad()
+    message = raises_everywhere(nq.UserError, lambda: pair.model(pair.inputs()[env.rank]))
+    assert "layers." in message and "NaN" in message, message
+    pair.model.reshard()
     dcp.load(pair.model.state_dict(), checkpoint_id=env.path / "good")
     pair.optimizer = adamw(pair.model.parameters())
     pair.twin_optimizer = adamw(pair.twin.model.parameters())

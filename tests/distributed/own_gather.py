@@ -2,7 +2,7 @@
 
 Where a unit is large, its packed bytes do not pass through FSDP2's buffers but are gathered beside them
 (`nvfp4_qat.gather_unit`). The models of these tests are small, so that is forced here; and in some cases, that what
-FSDP2 gathers besides is too much to be copied. Others run with packing that does not wait for the device, as on a GPU.
+FSDP2 gathers besides is too much to be copied.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
 from nvfp4_qat import gather, gather_unit
-from nvfp4_qat.shard_packer import ShardPacker
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
 APART = "-two-gathers"
-LATER = "-deferred"
 
 
 def forced(function: Callable[..., None]) -> Callable[..., None]:
@@ -38,17 +36,6 @@ def apart(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(env: Env, **arguments: Any) -> None:
         with mock.patch.object(gather_unit, "WORTH", 0), mock.patch.object(gather, "ROOM", 0):
-            function(env, **arguments)
-
-    return run
-
-
-def deferred(function: Callable[..., None]) -> Callable[..., None]:
-    """As on a GPU: packing does not wait for the device."""
-
-    @functools.wraps(function)
-    def run(env: Env, **arguments: Any) -> None:
-        with mock.patch.object(ShardPacker, "deferring", True):
             function(env, **arguments)
 
     return run
@@ -86,12 +73,3 @@ again(
 )
 again(training, 2, HERE, apart, APART, one_of("trains_as_module_mode[mixed]", "trains_as_module_mode[uneven]"))
 again(features, 2, HERE, apart, APART, one_of("explicit_unshard[async]"))
-
-again(training, 2, HERE, deferred, LATER, one_of("trains_as_module_mode[mixed]", "trains_as_module_mode[offload]"))
-again(
-    training, 2, HERE, deferred, LATER, one_of("trains_as_module_mode[uneven]", "global_scales_move", "frozen_weights")
-)
-again(misuse, 2, HERE, deferred, LATER, one_of("a_bad_value_on_one_rank[nan-rank-1]", "a_failed_optimizer_step"))
-again(traffic, 2, HERE, deferred, LATER, one_of("one_reduction_and_one_packing_a_step[plain]"))
-again(sync, 2, HERE, deferred, LATER, one_of("streams[mixed]", "a_stream_between_forward_and_backward"))
-again(hsdp, 4, HERE, deferred, LATER, one_of("two_replicas_of_two_shards[mixed]", "nan_in_one_replica"))
