@@ -17,13 +17,15 @@ NAMES = {
 }
 """Kernels as the benchmark and as the page name them."""
 
-BESIDE = {
-    "quantize one by one": ("quantize", "one launch a weight"),
-    "torch amax": ("amax", "PyTorch"),
-    "torch foreach amax": ("amax", "PyTorch"),
-    "plain PyTorch": ("fake quantize", "plain PyTorch"),
-}
-"""What is timed beside a kernel: which kernel, and how it is called on the page."""
+BESIDE = (
+    ("quantize", "copy of as many bytes", "copy of as many bytes"),
+    ("dequantize", "copy of as many bytes", "copy of as many bytes"),
+    ("quantize", "quantize one by one", "one launch a weight"),
+    ("amax", "torch amax", "PyTorch"),
+    ("amax", "torch foreach amax", "PyTorch"),
+    ("fake quantize", "plain PyTorch", "plain PyTorch"),
+)
+"""What is timed beside a kernel: which kernel, what the benchmark calls it, and what the page does."""
 
 US = "us_p10_p50_p90"
 
@@ -43,7 +45,7 @@ def _own(rows: Sequence[Row]) -> Section:
     lines, groups = [], []
     for row in sorted(rows, key=lambda row: (row["gpu"], ("one", "many", "unpack").index(row["case"]))):
         beside: dict[str, list[tuple[str, str]]] = {}
-        for timed, (kernel, name) in BESIDE.items():
+        for kernel, timed, name in BESIDE:
             if timed in row["times_a_copy"]:
                 beside.setdefault(kernel, []).append((timed, name))
         for kernel in (kernel for kernel in NAMES if kernel in row["times_a_copy"]):

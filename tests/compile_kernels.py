@@ -50,13 +50,17 @@ def single(target: int) -> dict[str, str]:
         def tile(t: launch.Tile, name: object = name) -> dict[str, object]:
             return {"DTYPE": name, "BLOCKS": t.blocks, "num_warps": t.warps}
 
-        fake = tile(launch.FAKE_QUANTIZE) | {"STEPS": launch.FAKE_QUANTIZE.steps}
-        pack = tile(launch.QUANTIZE) | {"STEPS": launch.QUANTIZE.steps}
+        fakes = {"": launch.FAKE_QUANTIZE, "small ": launch.SMALL_FAKE_QUANTIZE}
+        packs = {"": launch.QUANTIZE, "small ": launch.SMALL_QUANTIZE}
         result[f"amax {dtype}"] = ptx(kernels.amax_kernel, values, steps, target)
-        result[f"quantize {dtype}"] = ptx(kernels.quantize_kernel, words, pack, target)
+        for size, t in packs.items():
+            options = tile(t) | {"STEPS": t.steps}
+            result[f"quantize {size}{dtype}"] = ptx(kernels.quantize_kernel, words, options, target)
         packed = words | {"packed_ptr": "*i32"}
         result[f"dequantize {dtype}"] = ptx(kernels.dequantize_kernel, packed, tile(launch.DEQUANTIZE), target)
-        result[f"fake_quantize {dtype}"] = ptx(kernels.fake_quantize_kernel, words, fake, target)
+        for size, t in fakes.items():
+            options = tile(t) | {"STEPS": t.steps}
+            result[f"fake_quantize {size}{dtype}"] = ptx(kernels.fake_quantize_kernel, words, options, target)
     return result
 
 

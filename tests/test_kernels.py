@@ -43,14 +43,17 @@ def tile(blocks: int, tuned: launch.Tile) -> launch.Tile:
     return tuned if DEVICE == "cuda" and blocks == BLOCKS else launch.Tile(blocks, 4, tuned.steps)
 
 
-def launched(w: Tensor, g: Tensor, blocks: int = BLOCKS) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, scale bytes and the fake-quantized weight from the kernels."""
+def launched(w: Tensor, g: Tensor, blocks: int = BLOCKS, small: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, scale bytes and the fake-quantized weight from the kernels, with large or small tensors' tiles."""
+    pack, both = (
+        (launch.SMALL_QUANTIZE, launch.SMALL_FAKE_QUANTIZE) if small else (launch.QUANTIZE, launch.FAKE_QUANTIZE)
+    )
     w, g = w.to(DEVICE), g.to(DEVICE)
     packed = torch.empty((*w.shape[:-1], w.shape[-1] // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.empty((*w.shape[:-1], w.shape[-1] // 16), dtype=torch.uint8, device=DEVICE)
     fake = torch.empty(w.shape, dtype=w.dtype, device=DEVICE)
-    launch.quantize(w, g, packed, scale, tile(blocks, launch.QUANTIZE))
-    launch.fake_quantize(w, g, fake, tile(blocks, launch.FAKE_QUANTIZE))
+    launch.quantize(w, g, packed, scale, tile(blocks, pack))
+    launch.fake_quantize(w, g, fake, tile(blocks, both))
     return packed, scale, fake
 
 
@@ -62,11 +65,13 @@ def dequantized(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype, bl
 
 
 def check(w: Tensor, g: Tensor, blocks: int = BLOCKS) -> None:
-    packed, scale, fake = launched(w, g, blocks)
     expected_packed, expected_scale = reference.quantize(w, g)
-    assert_same_bits(scale, expected_scale, "block scales", w=w, g=g)
-    assert_same_bits(packed, expected_packed, "packed codes", w=w, scale=expected_scale, g=g)
-    assert_same_bits(fake, reference.fake_quantize(w, g), "fake quantized", w=w, scale=expected_scale, g=g)
+    expected = reference.fake_quantize(w, g)
+    for small in (True, False) if DEVICE == "cuda" and blocks == BLOCKS else (False,):
+        packed, scale, fake = launched(w, g, blocks, small)
+        assert_same_bits(scale, expected_scale, "block scales", w=w, g=g)
+        assert_same_bits(packed, expected_packed, "packed codes", w=w, scale=expected_scale, g=g)
+        assert_same_bits(fake, expected, "fake quantized", w=w, scale=expected_scale, g=g)
     again = dequantized(packed, scale, g, w.dtype, blocks)
     assert_same_bits(again, reference.dequantize(expected_packed, expected_scale, g, w.dtype), "dequantized", w=w, g=g)
     largest = launch.amax_bits(w.to(DEVICE), g.ndim, tile=TILE, steps=1)
@@ -398,7 +403,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_kernels_compile_without_fusing_or_approximating(ptx: dict[str, str]) -> None:
-    assert len(ptx) == 54
+    assert len(ptx) == 66
     lines, anchors = {"0f40000000", "0f3F000000"}, {"0f47800000", "0fC7800000"}  # 2 and 1/2; 2^16 and its negative
     exact = {
         "amax": set(),

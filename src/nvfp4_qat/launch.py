@@ -29,6 +29,10 @@ class Tile(NamedTuple):
 
 # The fastest on an H200 of those that benchmarks/bench_kernels.py --tune tries.
 QUANTIZE, DEQUANTIZE, FAKE_QUANTIZE = Tile(128, 2, 2), Tile(128, 2), Tile(64, 2, 2)
+SMALL_QUANTIZE, SMALL_FAKE_QUANTIZE = Tile(256, 4), Tile(64, 4, 2)
+
+SMALL = 1 << 21
+"""Blocks; what has no more is done after few programs on each multiprocessor, and wants other tiles."""
 
 TILE, STEPS = 4096, 8
 """Elements a program of the amax kernel loads at once, and how often."""
@@ -87,10 +91,11 @@ def amax(w: Tensor, batch_dims: int = 0) -> Tensor:
     return amax_bits(w, batch_dims).view(torch.float32)
 
 
-def quantize(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor, tile: Tile = QUANTIZE) -> None:
+def quantize(w: Tensor, g: Tensor, packed: Tensor, scale: Tensor, tile: Tile | None = None) -> None:
     """Write codes, uint8 ``[..., K/2]``, and block scales, E4M3 as uint8 ``[..., K/16]``."""
     assert packed.is_contiguous() and scale.is_contiguous()
     w, g = _readable(w), g.contiguous()
+    tile = tile or (SMALL_QUANTIZE if scale.numel() <= SMALL else QUANTIZE)
     _launch(kernels.quantize_kernel, scale.numel(), w.dtype, tile, g, _words(w), g, packed, scale, STEPS=tile.steps)
 
 
@@ -132,9 +137,10 @@ def prepare_dequantize(
     return fill
 
 
-def fake_quantize(w: Tensor, g: Tensor, out: Tensor, tile: Tile = FAKE_QUANTIZE) -> None:
+def fake_quantize(w: Tensor, g: Tensor, out: Tensor, tile: Tile | None = None) -> None:
     """Write the quantized and dequantized ``w`` into ``out``, of the same shape and dtype."""
     w, g = _readable(w), g.contiguous()
+    tile = tile or (SMALL_FAKE_QUANTIZE if w.numel() <= SMALL * BLOCK else FAKE_QUANTIZE)
     with _written(out) as target:
         tensors = _words(w), g, _words(target)
         _launch(kernels.fake_quantize_kernel, w.numel() // BLOCK, w.dtype, tile, g, *tensors, STEPS=tile.steps)
