@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from . import gather_param
 from .errors import MismatchError, UserError
 from .fsdp import Memory, ShardedMaster
 from .gather_unit import ROOM, TOKEN, GatherUnit
@@ -303,6 +304,7 @@ class Gather:
             unit = GatherUnit(packed, group, found[0][0])
             for index, (_, weight) in enumerate(found):
                 weight.unit, weight.index = unit, index
+                gather_param.adopt(weight.fsdp_param)
             self.units.append(unit)
         for members in self.plan.groups().values():
             together = {id(u): u for member in members if (u := self.weights[member.name].unit) is not None}

@@ -153,7 +153,8 @@ class PackedAllGather(DefaultAllGather):
         start = self._joint if nbytes <= self._room else self._alone
         whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
         self._gathered = whole[:start]
-        return whole[start:].view(dtype)
+        rest = whole[start:]
+        return rest if dtype == torch.uint8 else rest.view(dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         packed, gathered = self._packed, self._gathered
@@ -162,11 +163,13 @@ class PackedAllGather(DefaultAllGather):
         if async_op or not joint:  # no time to copy the output, or no room for the input
             self._work = self.inner(gathered, packed.memory if joint else packed.buffer, group, async_op)
             return self.inner(output_tensor, input_tensor, group, async_op)
-        n, chunk = input_tensor.nbytes, packed.memory.numel()
-        packed.tail[:n].copy_(input_tensor.view(torch.uint8))
+        if input_tensor.dtype != torch.uint8:
+            input_tensor, output_tensor = input_tensor.view(torch.uint8), output_tensor.view(torch.uint8)
+        n, chunk = input_tensor.numel(), packed.memory.numel()
+        packed.tail[:n].copy_(input_tensor)
         work = self.inner(gathered, packed.memory, group)
         rest = gathered.as_strided((packed.world, n), (chunk, 1), gathered.storage_offset() + packed.nbytes)
-        output_tensor.view(torch.uint8).view(packed.world, n).copy_(rest)
+        output_tensor.view(packed.world, n).copy_(rest)
         return work
 
     def take(self) -> Tensor | None:

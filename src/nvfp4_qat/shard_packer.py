@@ -88,9 +88,12 @@ class ShardPacker:
         """
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
-        amax = self._amax.clone()
-        for unit in units:
-            amax[unit.items] = 0
+        if len(units) == len(self.units):
+            amax = torch.zeros_like(self._amax)
+        else:
+            amax = self._amax.clone()
+            for unit in units:
+                amax[unit.items] = 0
         for chunk in chunks:
             if speculative:
                 chunk.pack(self.g, amax)

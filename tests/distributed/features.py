@@ -20,6 +20,8 @@ import nvfp4_qat as nq
 from distributed.instruments import local
 from distributed.models import Decoder, decoder, uneven
 from distributed.pair import MIXED, Pair, Units, batch, full, layers, linears, loss_of, plain_adamw, same, shard
+from nvfp4_qat.gather import gather_of
+from nvfp4_qat.gather_param import GatheredParam
 
 
 class Checkpointed(Decoder):
@@ -252,6 +254,15 @@ def custom_all_gather(env: Env, before: bool) -> None:
     for _ in range(2):
         pair.step()
     assert own.calls >= 2 * 2 * 3
+
+
+@case(2)
+def the_versions_tested_take_the_shortcut(env: Env) -> None:
+    pair = Pair(env, policy=MIXED)
+    pair.step()
+    gather = gather_of(pair.model)
+    assert gather is not None
+    assert all(type(weight.fsdp_param) is GatheredParam for weight in gather.weights.values()), torch.__version__
 
 
 @case(2)

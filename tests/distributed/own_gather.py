@@ -2,7 +2,8 @@
 
 Where a unit is large, its packed bytes do not pass through FSDP2's buffers but are gathered beside them
 (`nvfp4_qat.gather_unit`). The models of these tests are small, so that is forced here; and in some cases, that what
-FSDP2 gathers besides is too much to be copied.
+FSDP2 gathers besides is too much to be copied. Others go FSDP2's general way, as in versions of torch that
+`nvfp4_qat.gather_param` does not know.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from unittest import mock
 from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
-from nvfp4_qat import gather, gather_unit
+from nvfp4_qat import gather, gather_param, gather_unit
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
 APART = "-two-gathers"
+GENERAL = "-general-protocol"
 
 
 def forced(function: Callable[..., None]) -> Callable[..., None]:
@@ -36,6 +38,15 @@ def apart(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(env: Env, **arguments: Any) -> None:
         with mock.patch.object(gather_unit, "WORTH", 0), mock.patch.object(gather, "ROOM", 0):
+            function(env, **arguments)
+
+    return run
+
+
+def general(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(env: Env, **arguments: Any) -> None:
+        with mock.patch.object(gather_param, "COMPARED", ()):
             function(env, **arguments)
 
     return run
@@ -72,4 +83,10 @@ again(
     one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]", "bytes_of_two_shards"),
 )
 again(training, 2, HERE, apart, APART, one_of("trains_as_module_mode[mixed]", "trains_as_module_mode[uneven]"))
+again(
+    training, 2, HERE, general, GENERAL, one_of("trains_as_module_mode[mixed]", "trains_as_module_mode[uneven-mixed]")
+)
+again(training, 2, HERE, general, GENERAL, one_of("gradient_accumulation[last]", "frozen_weights"))
+again(features, 2, HERE, general, GENERAL, one_of("explicit_unshard", "activation_checkpointing[wrapped-layers]"))
+again(traffic, 2, HERE, general, GENERAL, one_of("nothing_unsharded_stays[mixed]"))
 again(features, 2, HERE, apart, APART, one_of("explicit_unshard[async]"))
