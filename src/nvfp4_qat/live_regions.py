@@ -1,0 +1,174 @@
+"""Strided regions of memory, and copies between them: merged into few, and checked for gaps and overlaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements of a tensor's memory.
+
+    Args:
+        start: bytes from the tensor's first element.
+        size, stride: as of a tensor, in elements.
+        dtype: what they are read as.
+    """
+
+    start: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The region as a view of a tensor's memory."""
+        at = tensor.storage_offset() * tensor.element_size() + self.start
+        if at % self.dtype.itemsize:
+            raise ValueError(f"{self.dtype} values cannot begin at byte {at}: align tensors to 16 bytes")
+        view = torch.empty(0, dtype=self.dtype, device=tensor.device)
+        with torch.no_grad():
+            return view.set_(tensor.untyped_storage(), at // self.dtype.itemsize, self.size, self.stride)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``destination.copy_(source)``.
+
+    Args:
+        key: of the parameter that is written.
+        destination: in it. source: in the tensor that is loaded, of the same size.
+    """
+
+    key: str
+    destination: Region
+    source: Region
+
+
+def region_of(tensor: Tensor) -> Region:
+    """A tensor as a region of its own memory."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return Region(start, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def merged(copies: Iterable[Copy]) -> list[Copy]:
+    """The same copies with fewer of them: those of equal shape at equal distances become one."""
+    runs: list[list[Copy]] = []
+    last: dict[Any, list[Copy]] = {}
+    for copy in map(_squeezed, copies):
+        d, s = copy.destination, copy.source
+        kind = (copy.key, d.size, d.stride, s.stride, d.dtype, s.dtype)
+        run = last.get(kind)
+        if run is not None and _continues(run, copy):
+            run.append(copy)
+        else:
+            last[kind] = [copy]
+            runs.append(last[kind])
+    return [_joined(run) for run in runs]
+
+
+def _squeezed(copy: Copy) -> Copy:
+    """Without dimensions of size 1, and with those joined that lie one after the other on both sides."""
+    d, s = copy.destination, copy.source
+    dims: list[list[int]] = []
+    for size, to, of in zip(d.size, d.stride, s.stride, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == to * size and dims[-1][2] == of * size:
+            dims[-1] = [dims[-1][0] * size, to, of]
+        else:
+            dims.append([size, to, of])
+    sizes, to_strides, of_strides = (tuple(dim[i] for dim in dims) for i in range(3))
+    return Copy(copy.key, Region(d.start, sizes, to_strides, d.dtype), Region(s.start, sizes, of_strides, s.dtype))
+
+
+def _step(a: Copy, b: Copy) -> tuple[int, int]:
+    return b.destination.start - a.destination.start, b.source.start - a.source.start
+
+
+def _continues(run: Sequence[Copy], copy: Copy) -> bool:
+    to, of = _step(run[-1], copy)
+    if to <= 0 or of < 0 or to % copy.destination.dtype.itemsize or of % copy.source.dtype.itemsize:
+        return False
+    return len(run) == 1 or (to, of) == _step(run[0], run[1])
+
+
+def _joined(run: Sequence[Copy]) -> Copy:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    to, of = _step(run[0], run[1])
+
+    def region(old: Region, step: int) -> Region:
+        return Region(old.start, (len(run), *old.size), (step // old.dtype.itemsize, *old.stride), old.dtype)
+
+    return _squeezed(Copy(first.key, region(first.destination, to), region(first.source, of)))
+
+
+def coverage(parameter: Tensor, regions: Iterable[Region]) -> tuple[int, int]:
+    """How many elements of a contiguous parameter the regions leave out, and how many they write once too often."""
+    starts, lengths = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for region in regions:
+        found, nbytes = _runs(region)
+        starts.append(found)
+        lengths.append(np.full(len(found), nbytes, dtype=np.int64))
+    start = np.concatenate(starts)
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], (start + np.concatenate(lengths))[order]
+    reached = np.maximum.accumulate(np.concatenate(([0], end)))[:-1]  # how far the runs before each one go
+    left_out = int(np.maximum(start - reached, 0).sum())
+    left_out += max(0, parameter.nbytes - int(end.max(initial=0)))
+    twice = int(np.maximum(np.minimum(reached, end) - start, 0).sum())
+    size = parameter.element_size()
+    return -(-left_out // size), -(-twice // size)
+
+
+def union(regions: Iterable[Region]) -> list[Region]:
+    """The bytes that lie in any of the regions, each once."""
+    spans: list[tuple[int, int]] = []
+    for region in regions:
+        starts, length = _runs(region)
+        spans += [(int(at), int(at) + length) for at in starts]
+    joined: list[list[int]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([start, end])
+    return [Region(start, (end - start,), (1,), torch.uint8) for start, end in joined]
+
+
+def overlap(a: Iterable[Region], b: Iterable[Region]) -> bool:
+    """Whether any byte lies in a region of both."""
+    spans = sorted((r.start, r.start + r.size[0], i) for i, side in enumerate((union(a), union(b))) for r in side)
+    reached = [-1, -1]
+    for start, end, side in spans:
+        if start < reached[1 - side]:
+            return True
+        reached[side] = max(reached[side], end)
+    return False
+
+
+def _runs(region: Region) -> tuple[Any, int]:
+    """A region as runs of bytes: where they start, and their length."""
+    plain = Copy("", region, region)
+    region = _squeezed(plain).destination
+    sizes, strides, item = list(region.size), list(region.stride), region.dtype.itemsize
+    length = item
+    if sizes and strides[-1] == 1:
+        length *= sizes.pop()
+        strides.pop()
+    at: Any = np.array([region.start], dtype=np.int64)
+    for size, stride in zip(sizes, strides, strict=True):
+        at = (at[:, None] + np.arange(size, dtype=np.int64) * (stride * item)).reshape(-1)
+    return at, length

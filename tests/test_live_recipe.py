@@ -1,0 +1,302 @@
+"""What `begin` finds out: what cannot become a complete set of weights, and whatever loaders do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_live import Bare, One, Reversed, Up, one, weight, without
+from standin_engine import Model, announced, checkpoint, fused, start
+from standin_layers import BF16, EXPERTS, FP8, HIDDEN, VOCAB, Embedding, Linear, Method, Norm
+
+from nvfp4_qat.errors import MismatchError
+from nvfp4_qat.live_model import LiveModel
+from nvfp4_qat.live_recipe import Incoming, Part
+
+OLD, NEW = checkpoint(1), checkpoint(2)
+
+
+def new(name, *shape, dtype=BF16, parts=None):
+    return Incoming(name, shape, dtype, parts or (Part(name),))
+
+
+def refused(entries, *expected):
+    """The error of `begin`, which has left everything as it was."""
+    engine = Up(Model, OLD)
+    before, dicts = engine.everything(), [layer._parameters for layer in engine.model.modules()]
+    with pytest.raises(MismatchError) as caught:
+        engine.live.begin(entries)
+    assert engine.everything() == before
+    assert all(a is b._parameters for a, b in zip(dicts, engine.model.modules(), strict=True))
+    assert not engine.live.updating and engine.live.whole
+    for text in (*expected, "nothing was changed"):
+        assert text in str(caught.value)
+    engine.update(NEW)
+    engine.check(NEW)
+    return str(caught.value)
+
+
+def test_what_is_missing_is_named_and_counted():
+    found = {
+        "layers.0.q_proj.weight_scale": "layers.0.qkv_proj.weight_scale: 64 of 192 elements are missing",
+        "layers.0.o_proj.bias": "layers.0.o_proj.bias: nothing brings it",
+        "layers.1.experts.2.down_proj.weight_packed": "experts.w2_weight_packed: 512 of 2048 elements are missing",
+        "layers.1.experts.0.up_proj.weight_global_scale": "w13_weight_global_scale: 1 of 8 elements are missing",
+        "norm.weight": "norm.weight: nothing brings it",
+        "embed.weight": "embed.weight: nothing brings it",
+    }
+    assert refused(announced(without(NEW, *found)), *found.values()).count(";") == len(found)
+
+
+@pytest.mark.parametrize("at", ["layers.7.q_proj", "layers.0.rotary", "layers.1.experts.0.up_proj", "lm_head", "x"])
+def test_what_is_unexpected_is_named_whether_loaders_raise_or_pass_over_it(at):
+    assert refused([*announced(NEW), new(f"{at}.zeros", 3)], f"{at}.zeros").count(";") == 1
+
+
+def test_what_has_another_shape_is_named():
+    narrow = {"layers.0.down_proj.weight_packed": (HIDDEN, 8), "embed.weight": (VOCAB + 1, HIDDEN), "norm.weight": (3,)}
+    entries = [replace(e, shape=narrow.get(e.name, e.shape)) for e in announced(NEW)]
+    refused(entries, *narrow, "norm.weight of shape [3] does not fit")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_what_has_another_dtype_is_named(dtype):
+    name = "layers.0.o_proj.weight_scale"
+    refused([replace(e, dtype=dtype) if e.name == name else e for e in announced(NEW)], name)
+
+
+def test_what_comes_twice_is_named():
+    entries = announced(NEW)
+    twice = [entries[3], entries[3], entries[5]]
+    refused([*entries, *twice], *(f"{entry.name} is listed twice" for entry in twice))
+    again = new("more", HIDDEN, HIDDEN // 2, dtype=torch.uint8, parts=(Part("layers.0.k_proj.weight_packed"),))
+    refused([*entries, again], "layers.0.qkv_proj.weight_packed: 512 elements are written twice")
+    experts = (Part("layers.1.experts.{}.down_proj.weight_packed", 1, 2),)
+    again = new("more", EXPERTS, HIDDEN, HIDDEN // 2, dtype=torch.uint8, parts=experts)
+    refused([*fused(NEW)[1], again], "layers.1.experts.w2_weight_packed: 1024 elements are written twice")
+
+
+def test_all_that_is_wrong_is_one_error():
+    entries = announced(without(NEW, "norm.weight", "layers.1.kv_b_proj.weight_scale"))
+    entries = [replace(e, shape=(5, 5)) if e.name == "layers.0.gate_proj.weight_packed" else e for e in entries]
+    names = ("norm.weight", "layers.1.kv_b_proj.weight_scale", "layers.0.gate_proj.weight_packed", "layers.9.bias")
+    refused([*entries, entries[0], new("layers.9.bias", 3)], *names, "embed.weight is listed twice")
+
+
+def test_a_long_list_of_problems_ends_with_how_many_more():
+    error = refused([*announced(NEW), *(new(f"x.{i}", 1) for i in range(60))], "x.0 ", "x.49 ", "and 10 more")
+    assert "x.50" not in error
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda e: replace(e, parts=tuple(replace(p, count=3) for p in e.parts)), "1024 of 4096 elements are missing"),
+        (lambda e: replace(e, parts=e.parts[:1]), "2048 of 4096 elements are missing"),
+        (lambda e: replace(e, shape=(2, 64, 16)), "does not fit"),
+        (lambda e: replace(e, shape=(4,)), "does not fit"),
+    ],
+)
+def test_parts_that_are_not_the_whole_are_refused(change, expected):
+    name = "layers.1.experts.gate_up_proj_weight_packed"
+    refused([change(e) if e.name == name else e for e in fused(NEW)[1]], expected)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_model_has_its_own_parameters_after_a_loader_raised(error, monkeypatch):
+    engine = Up(Model, OLD)
+    before, dicts = engine.everything(), [layer._parameters for layer in engine.model.modules()]
+
+    def broken(self, param, loaded_weight):
+        raise error("no")
+
+    monkeypatch.setattr(Embedding, "weight_loader", broken)
+    for form in engine.code.forms[engine.model.embed].values():
+        form.weight_loader = engine.model.embed.weight_loader
+    with pytest.raises(MismatchError if error is ValueError else error, match="no"):
+        engine.live.begin(announced(NEW))
+    assert engine.everything() == before
+    assert all(a is b._parameters for a, b in zip(dicts, engine.model.modules(), strict=True))
+
+
+class Counting(One):
+    """Its loader notes something beside the parameter."""
+
+    def __init__(self):
+        super().__init__(self.weight_loader)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def weight_loader(self, param, loaded_weight):
+        self.seen.fill_(3.0)
+        param.data.copy_(loaded_weight)
+
+
+def test_a_refused_update_has_not_run_loaders_on_live_buffers():
+    engine = Up(lambda: Bare(one=Counting(), norm=Norm()), weight() | {"norm.weight": torch.ones(HIDDEN)})
+    engine.model.one.seen.zero_()
+    with pytest.raises(MismatchError):
+        engine.live.begin(announced(weight()))
+    assert not engine.model.one.seen.any()
+
+
+def test_experts_in_one_tensor_are_one_copy_for_each_parameter_and_half():
+    engine = Up(Model, OLD)
+    engine.live.begin(fused(NEW)[1])
+    loads = {name: load for name, load in engine.live._recipe.loads.items() if ".experts." in name}
+    assert {name.partition("experts.")[2]: len(load.copies) for name, load in loads.items()} == {
+        **{f"gate_up_proj_{s}": 2 for s in ("weight_packed", "weight_scale", "weight_global_scale")},
+        **{f"down_proj_{s}": 1 for s in ("weight_packed", "weight_scale", "weight_global_scale")},
+    }
+    scales = [c for load in loads.values() for c in load.copies if c.key.endswith("weight_scale")]
+    assert {(c.source.dtype, c.destination.dtype) for c in scales} == {(FP8, FP8)}
+
+
+# What loaders do
+
+
+def converted(param, loaded_weight):
+    param.data.copy_(loaded_weight.float() * 2)
+
+
+def composed(param, loaded_weight):
+    param.data.copy_(loaded_weight)
+    param.data.copy_(-torch.exp(param.data))
+
+
+def doubled(param, loaded_weight):
+    param.data.copy_(loaded_weight).mul_(2)
+
+
+def turned(param, loaded_weight):
+    param.data.T.copy_(loaded_weight.T)
+
+
+def by_row(param, loaded_weight):
+    for i in range(len(param)):
+        param.data[i] = loaded_weight[len(param) - 1 - i]
+
+
+def padded(param, loaded_weight):
+    param.data[:, :2].copy_(loaded_weight[:, 4:])
+    param.data[:, 2:].fill_(1.5)
+
+
+def first_row_for_all(param, loaded_weight):
+    param.data[:] = loaded_weight[:1]
+
+
+def by_number(param, loaded_weight):
+    param.data[torch.tensor([2, 0, 1, 3])] = loaded_weight
+
+
+def by_value(param, loaded_weight):
+    param.data.fill_(loaded_weight[0, 0].item())
+
+
+def partly_converted(param, loaded_weight):
+    param.data[:1].copy_(loaded_weight[:1])
+    param.data[1:3].zero_()
+    param.data[3:].copy_(loaded_weight[3:] * 2)
+
+
+def cleared_before(param, loaded_weight):
+    param.data.zero_()
+    param.data[:, 1:].copy_(loaded_weight[:, 1:])
+
+
+def any_names(*arguments):
+    param, loaded_weight = arguments
+    param.data.copy_(loaded_weight * 2)
+
+
+@pytest.mark.parametrize("method", [None, Method, Reversed])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        *(None, converted, composed, doubled, turned, by_row, padded, first_row_for_all, by_number),
+        by_value,
+        partly_converted,
+        cleared_before,
+        any_names,
+    ],
+)
+def test_whatever_loaders_do_is_done_again(loader, method):
+    engine = Up(one(loader, method), weight())
+    for _ in range(3):
+        weights = weight()
+        engine.update(weights)
+        engine.check(weights)
+
+
+class Halved(Linear):
+    """Its loader has more arguments, and converts."""
+
+    def weight_loader(self, param, loaded_weight, shard_id=None):
+        if param.dtype == torch.float32:
+            loaded_weight = loaded_weight / 2
+        super().weight_loader(param, loaded_weight, shard_id)
+
+
+def test_calls_are_repeated_with_their_other_arguments():
+    def build():
+        return Bare(qkv_proj=Halved(HIDDEN, [HIDDEN] * 3), o_proj=Halved(HIDDEN, [HIDDEN]))
+
+    def weights(seed):
+        found = {name.removeprefix("layers.0."): t for name, t in checkpoint(seed).items()}
+        return {
+            name: t for name, t in found.items() if name.startswith(("q_", "k_", "v_", "o_")) and "bias" not in name
+        }
+
+    engine = Up(build, weights(1))
+    for seed in (2, 3):
+        engine.update(weights(seed))
+        engine.check(weights(seed))
+    assert sum(len(load.calls) for load in engine.live._recipe.loads.values()) == 4
+
+
+class Factored(Bare):
+    """Gives its loader an argument that this has no name for."""
+
+    def load_weights(self, weights):
+        for _, tensor in weights:
+            self.one.weight.weight_loader(self.one.weight, tensor, factor=3)
+
+
+def multiplied(param, loaded_weight, **options):
+    param.data.copy_(loaded_weight * options["factor"])
+
+
+def test_calls_are_repeated_with_arguments_that_have_no_name():
+    engine = Up(lambda: Factored(one=One(multiplied)), weight())
+    weights = weight()
+    engine.update(weights)
+    engine.check(weights)
+
+
+class Outside(Bare):
+    """Writes without asking the parameter's loader."""
+
+    def load_weights(self, weights):
+        for _ in weights:
+            self.one.weight.data.mul_(2)
+
+
+class Made(Bare):
+    """Gives loaders something made from what it is given."""
+
+    def load_weights(self, weights):
+        for _, tensor in weights:
+            self.one.weight.weight_loader(self.one.weight, tensor.float().exp())
+
+
+@pytest.mark.parametrize(
+    "build, message", [(Outside, "outside of its loader"), (Made, "made from the one that is loa")]
+)
+def test_what_cannot_be_repeated_is_refused_by_name(build, message):
+    model = build(one=One())
+    live = LiveModel(model, start(Bare(), {}), torch.device("cpu"))
+    live.code.forms = start(Bare(one=model.one), weight()).forms
+    live.code.forms |= {layer: {} for layer in (model,)}
+    with pytest.raises(MismatchError, match=rf"one\.weight.*{message}"):
+        live.begin(announced(weight()))
