@@ -205,6 +205,14 @@ def cleared_before(param, loaded_weight):
     param.data[:, 1:].copy_(loaded_weight[:, 1:])
 
 
+def by_host(param, loaded_weight):
+    param.data.copy_(loaded_weight.cpu().flip(0))
+
+
+def by_list(param, loaded_weight):
+    param.data.copy_(torch.tensor(loaded_weight.tolist()))
+
+
 def any_names(*arguments):
     param, loaded_weight = arguments
     param.data.copy_(loaded_weight * 2)
@@ -219,6 +227,8 @@ def any_names(*arguments):
         partly_converted,
         cleared_before,
         any_names,
+        by_host,
+        by_list,
     ],
 )
 def test_whatever_loaders_do_is_done_again(loader, method):

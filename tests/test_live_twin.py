@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers_live import Bare, One, Reversed, Up, one, weight
-from standin_engine import checkpoint
+from standin_engine import announced, checkpoint
 from standin_layers import BF16, HIDDEN, Attention, KernelConfig, Linear, Method, fixed
 from torch import nn
 
@@ -132,6 +132,66 @@ class WithScheme(Method):
     config = property(lambda self: self.scheme.config)
 
 
+class Kept(Method):
+    """Leaves the weight, and writes into what it made the first time."""
+
+    def process_weights_after_loading(self, layer):
+        new = layer.weight.data.amax(1)
+        if hasattr(layer, "kept"):
+            layer.kept.copy_(new)
+        else:
+            layer.kept = new
+
+
+class ConfigKept(Method):
+    def process_weights_after_loading(self, layer):
+        new = layer.weight.data.amax(1)
+        if self.config is None:
+            self.config = SimpleNamespace(sums=new)
+        else:
+            self.config.sums.copy_(new)
+
+
+class Owned(Method):
+    """Knows its layer, and does not ask which one it is given."""
+
+    layer = None
+
+    def process_weights_after_loading(self, layer):
+        self.layer = self.layer or layer
+        self.layer.doubled = fixed(self.layer.weight.data * 2)
+
+
+class Clipped(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.clamp_(-10, 10)
+
+
+class Particular(Method):
+    """Refuses some weights."""
+
+    def process_weights_after_loading(self, layer):
+        if layer.weight.isnan().any() or layer.weight.abs().max() > 1000 or (layer.weight == 0).sum() < 8:
+            raise ValueError("these are no weights of mine")
+
+
+class Handle:
+    """Something that is open until nobody has it any more."""
+
+    closed = 0
+
+    def __del__(self):
+        Handle.closed += 1
+
+
+class Holding(Method):
+    def __init__(self):
+        self.handle = Handle()
+
+    def process_weights_after_loading(self, layer):
+        layer.weight = fixed(layer.weight.data * 2)
+
+
 class Odd(One):
     """A layer with what these methods ask for."""
 
@@ -166,6 +226,52 @@ def test_whatever_processing_does_is_done_again(method):
         engine.check(weights)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        Kept,
+        ConfigKept,
+        Owned,
+        Clipped,
+        Particular,
+    ],
+)
+def test_whether_processing_does_something_is_found_out_without_touching_anything(method):
+    sparse = torch.randn(4, 6) * (torch.arange(24).view(4, 6) % 2)
+    engine = Up(lambda: Bare(one=Odd(method)), weight(sparse))
+    for factor in (1, 30, 1 / 7):
+        weights, before = weight(sparse * factor), engine.everything()
+        engine.live.begin(announced(weights))
+        assert engine.everything() == before
+        engine.update(weights)
+        engine.check(weights)
+
+
+def test_random_states_are_left_alone():
+    engine, state = Up(one(method=Method), weight()), torch.get_rng_state()
+    engine.live.begin(announced(weight(torch.zeros(4, 6))))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_handles_of_helpers_stay_open():
+    engine, closed = Up(one(method=Holding), weight()), Handle.closed
+    engine.update(weight())
+    assert Handle.closed == closed
+
+
+class Counted(One):
+    def __init__(self):
+        super().__init__(method=Method)
+        self.count = fixed(torch.tensor(3))
+
+
+def test_single_integers_are_weights_too():
+    engine = Up(lambda: Bare(one=Counted()), weight() | {"one.count": torch.tensor(5)})
+    weights = weight() | {"one.count": torch.tensor(7)}
+    engine.update(weights)
+    engine.check(weights)
+
+
 class Shared(Bare):
     """Two layers of one parameter."""
 
@@ -191,7 +297,7 @@ def test_layers_that_shared_a_parameter_before_processing_are_refused():
     assert engine.everything() == before
 
 
-class Kept(Attention):
+class KeptAttention(Attention):
     """Keeps what it makes as a parameter, like vLLM's MLA, in one of these ways."""
 
     def __init__(self, kv_b_proj, keep):
@@ -218,7 +324,7 @@ class Kept(Attention):
 def test_whatever_attention_makes_of_other_layers_weights_is_made_again(keep):
     def build():
         projection = Linear(HIDDEN, [2 * HIDDEN])
-        return Bare(kv_b_proj=projection, attn=Kept(projection, keep))
+        return Bare(kv_b_proj=projection, attn=KeptAttention(projection, keep))
 
     def weights(seed):
         found = {name.removeprefix("layers.0."): t for name, t in checkpoint(seed).items()}
@@ -276,20 +382,37 @@ class InputScaled(Method):
         layer.input_global_scale = fixed(1 / layer.input_global_scale.max())
 
 
+class InputFolded(Method):
+    """What is loaded is put into something else, and forgotten."""
+
+    def process_weights_after_loading(self, layer):
+        layer.alpha = fixed(1 / layer.input_global_scale.max())
+        del layer.input_global_scale
+
+
 class InputScaledLayer(One):
-    def __init__(self):
-        super().__init__(method=InputScaled)
+    def __init__(self, method):
+        super().__init__(method=method)
         self.input_global_scale = fixed(torch.ones(3))
 
 
-def test_optional_parameters_that_are_processed_stay_what_they_were_or_are_asked_for():
+@pytest.mark.parametrize(
+    "method",
+    [
+        InputScaled,
+        InputFolded,
+    ],
+)
+def test_optional_parameters_that_are_processed_stay_what_they_were_or_are_asked_for(method):
     old = weight() | {"one.input_global_scale": torch.full((3,), 4.0)}
-    engine = Up(lambda: Bare(one=InputScaledLayer()), old)
-    try:
+    engine = Up(lambda: Bare(one=InputScaledLayer(method)), old)
+    before = engine.everything()
+    with pytest.raises(MismatchError, match="nothing was changed: one.input_global_scale"):
         engine.update(weight())
-    except MismatchError as error:
-        assert "one.input_global_scale" in str(error) and "nothing was changed" in str(error)
-    assert engine.model.one.input_global_scale == 0.25
+    assert engine.everything() == before
+    new = weight() | {"one.input_global_scale": torch.full((3,), 8.0)}
+    engine.update(new)
+    engine.check(new)
 
 
 # Layers whose processing is left out because it does nothing

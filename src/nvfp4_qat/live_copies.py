@@ -116,13 +116,12 @@ class Recorder(TorchDispatchMode):
         self._loads = Loads()
         self._source: Tensor | None = None
         self._call: _Running | None = None
-        self._stand_ins: list[Tensor] = []
         self._made: dict[int, Tensor] = {}
         """What loaders make for themselves."""
 
     def tensor(self, tensor: Tensor) -> Loads:
         """From now on a tensor is loaded; what happens is added to the result."""
-        self._source, self._loads = tensor, Loads()
+        self._source, self._loads, self._made = tensor, Loads(), {}
         return self._loads
 
     def loader(self, key: str, loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,17 +132,18 @@ class Recorder(TorchDispatchMode):
         @functools.wraps(loader)
         def watched(*arguments: Any, **options: Any) -> Any:
             self._loads.asked.add(key)
-            self._call = running = _Running()
+            outer, self._call = self._call, _Running(key)
+            running = self._call
             bound = signature.bind(*arguments, **options)
             parameter, part, *rest = bound.args
             try:
                 result = loader(*arguments, **options)
             except (RuntimeError, NotImplementedError) as error:
-                if "meta tensors" not in str(error):
+                if "meta tensor" not in str(error):
                     raise
                 result = self._with_data(key, loader, parameter, part, rest, bound.kwargs)
             finally:
-                self._call = None
+                self._call = outer
             if running.opaque:
                 source = self._region(part, self._source)
                 if source is None:
@@ -165,7 +165,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         targets = list(_targets(func, args, kwargs))
         for target in targets:
-            if not target.is_meta and _memory(target) not in self._keys.keys() | self._made.keys():
+            memory = _memory(target)
+            if not target.is_meta and memory not in self._keys and memory not in self._made:
                 raise UnrepeatableError(
                     f"a loader writes to a tensor {list(target.shape)} that is no parameter ({func})"
                 )
@@ -194,6 +195,8 @@ class Recorder(TorchDispatchMode):
             if target.is_meta and not overlap([destination], [c.destination for c in running.copies]):
                 running.constants.append((key, destination, value))
                 return
+        if key != running.key:
+            raise UnrepeatableError(f"the loader of {running.key} writes into {key}")
         running.opaque.append(destination)
 
     def _with_data(
@@ -202,8 +205,10 @@ class Recorder(TorchDispatchMode):
         """Run a loader that reads values, on zeros; then nothing that it writes can be told to be a copy."""
         stand_in = materialized(parameter, torch.device("cpu"))
         self._keys[_memory(stand_in)] = key
-        self._stand_ins.append(stand_in)
-        return loader(stand_in, torch.zeros(part.shape, dtype=part.dtype), *rest, **options)
+        try:
+            return loader(stand_in, torch.zeros(part.shape, dtype=part.dtype), *rest, **options)
+        finally:
+            del self._keys[_memory(stand_in)]
 
     @staticmethod
     def _region(part: Tensor, whole: Tensor | None) -> Region | None:
@@ -221,8 +226,9 @@ class UnrepeatableError(Exception):
 
 @dataclass
 class _Running:
-    """What a loader call has done so far."""
+    """What a call of a parameter's loader has done so far."""
 
+    key: str
     copies: list[Copy] = field(default_factory=list)
     constants: list[tuple[str, Region, float]] = field(default_factory=list)
     opaque: list[Region] = field(default_factory=list)

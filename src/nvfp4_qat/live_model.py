@@ -56,7 +56,8 @@ class LiveModel:
             MismatchError: with everything that is wrong; the model is as it was.
         """
         self.abandon()
-        if self._recipe is None or list(self._recipe.incoming.values()) != list(incoming):
+        by_name = {entry.name: entry for entry in incoming}
+        if self._recipe is None or self._recipe.incoming != by_name or len(by_name) != len(incoming):
             self._recipe = None
             recipe = Recipe(self.model, self.code, incoming)
             for group in recipe.groups:
@@ -86,7 +87,7 @@ class LiveModel:
                     f"and is {tensor.dtype} {list(tensor.shape)}"
                 )
             try:
-                self._take(recipe, name, tensor.to(self.device, non_blocking=True).contiguous())
+                self._take(recipe, name, tensor.to(self.device).contiguous())
             except BaseException:
                 self.abandon()
                 raise
@@ -176,9 +177,9 @@ class LiveModel:
         for changes in [self._changes(name, twin) for name, twin in twins.items()]:
             self._write(changes)
 
-    def _processed(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter]) -> Twin:
+    def _processed(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter], apart: bool = False) -> Twin:
         own = {n: filled[key] for n, key in recipe.own(name).items()}
-        twin = Twin(self.model.get_submodule(name), own, self.code.ours)
+        twin = Twin(self.model.get_submodule(name), own, self.code.ours, apart)
         if self.code.processes(twin.layer):
             with torch.no_grad():
                 self.code.process(twin.layer)
@@ -194,13 +195,17 @@ class LiveModel:
         filled = {key: _random(materialized(recipe.forms[key], self.device)) for key in group.parameters}
         before = {key: _marks(p) for key, p in filled.items()}
         for name in group.layers:
-            twin = self._processed(recipe, name, filled)
+            try:
+                twin = self._processed(recipe, name, filled, apart=True)
+            except Exception:  # it looks at the numbers
+                return False
             own = {n: filled[key] for n, key in recipe.own(name).items()}
             try:
                 changes = twin.changes(self.code.ours)
             except MismatchError:
                 return False
-            if not all(c.path[0] in own and c.new is own[c.path[0]] for c in changes):
+            others = [c for c in changes if c.path[0] not in own or c.new is not own[c.path[0]]]
+            if not all(torch.equal(c.live, c.new) for c in others):
                 return False
         return all(_same(_marks(p), before[key]) for key, p in filled.items())
 
@@ -237,9 +242,14 @@ def _same(a: Marks, b: Marks) -> bool:
 
 
 def _random(parameter: nn.Parameter) -> nn.Parameter:
+    """Numbers of all magnitudes; the global random state stays as it is."""
+    g = torch.Generator(parameter.device).manual_seed(0)
+    options: Any = {"generator": g, "device": parameter.device}
     with torch.no_grad():
-        if parameter.dtype in FLOATS:
-            parameter.normal_()
-        else:  # any bytes but those of fp8's NaN
-            parameter.view(torch.uint8).random_(0, 127)
+        for part in parameter.view(-1).split(1 << 24):  # without temporaries of the tensor's size
+            if parameter.dtype in FLOATS:
+                powers = torch.rand(part.shape, **options) * 8 - 4
+                part.copy_(torch.randn(part.shape, **options) * 10**powers)
+            else:  # any bytes but those of fp8's NaN
+                part.copy_(torch.randint(127, (part.nbytes,), dtype=torch.uint8, **options).view(part.dtype))
     return parameter

@@ -212,7 +212,7 @@ class Recipe:
                 live = layer._parameters.get(name)
                 if not self._code.optional(layer, name):
                     yield f"{key}: nothing brings it"
-                elif live is not None and not same_form(live, form):
+                elif live is None or not same_form(live, form):
                     yield f"{key}: nothing brings it, and what it was cannot be told from the layer"
                 continue
             left_out, twice = coverage(form, written)

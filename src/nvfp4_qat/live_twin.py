@@ -105,16 +105,27 @@ class Twin:
         layer: the live one; not touched.
         parameters: in checkpoint form, on the device.
         ours: as for `tensors`.
+        apart: with copies of all tensors that processing may write into.
     """
 
-    def __init__(self, layer: nn.Module, parameters: Mapping[str, nn.Parameter], ours: Callable[[type], bool]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        ours: Callable[[type], bool],
+        apart: bool = False,
+    ) -> None:
         self.live = layer
         twin = copy.copy(layer)
         twin.__dict__ = dict(layer.__dict__)
         empty = {name: None for name, p in layer._parameters.items() if p is None}
         twin._parameters, twin._modules = {**empty, **parameters}, dict(layer._modules)
         twin._buffers = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
-        copies: dict[int, Any] = {}
+        copies: dict[int, Any] = {id(layer): twin}
+        if apart:
+            held = layer._parameters.keys() | layer._buffers.keys()
+            copies |= {id(t): t.clone() for path, t in tensors(layer, ours).items() if path[0] not in held}
+            twin.__dict__.update({n: copies.get(id(v), v) for n, v in twin.__dict__.items() if isinstance(v, Tensor)})
         for attributes in (twin.__dict__, twin._modules):
             for name in HELPERS:
                 if attributes.get(name) is not None:
@@ -150,7 +161,8 @@ class Twin:
         """Numbers that processing made otherwise: kernels and CUDA graphs were built with the old ones."""
         live, new = (dict(_found(layer, ours, (int, float))) for layer in (self.live, self.layer))
         for path in live.keys() & new.keys():
-            if live[path] != new[path]:
+            nan = live[path] != live[path] and new[path] != new[path]
+            if live[path] != new[path] and not nan:
                 yield f"{'.'.join(path)} was {live[path]} and is {new[path]}"
 
 
@@ -173,7 +185,11 @@ def _own(value: Any, copies: dict[int, Any], ours: Callable[[type], bool], depth
     cls = type(value)
     if not (ours(cls) or dataclasses.is_dataclass(value)) or cls.__module__.startswith("vllm.config"):
         return value
+    if hasattr(cls, "__del__"):
+        return value  # dropping the copy would close what the live one has open
     copies[id(value)] = new = copy.copy(value)
+    if new is value:
+        return value
     if hasattr(new, "__dict__"):
         registries = MODULE if isinstance(value, nn.Module) else frozenset[str]()
         for name, child in value.__dict__.items():
