@@ -12,14 +12,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 INPUTS := pyproject.toml constraints/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test format clean
+.PHONY: help demo test test-vllm-sources format clean
 
 help:
 	@echo "make demo    three reinforcement-learning runs (bf16, noqat, qat) and their report in $(OUT);"
 	@echo "             continues a run that was interrupted there, and shows a finished one"
 	@echo "make test    ruff, mypy --strict, pytest"
+	@echo "make test-vllm-sources"
+	@echo "             live updates against the Python files of several vLLM releases, without a GPU; the first time"
+	@echo "             it downloads some gigabytes into .vllm-sources"
 	@echo "make format  let ruff rewrite the code"
-	@echo "make clean   remove $(VENV) and caches (not $(OUT))"
+	@echo "make clean   remove $(VENV), .vllm-sources and caches (not $(OUT))"
 
 demo: $(VENV)/.demo
 	$(BIN)/nvfp4-qat demo --out $(OUT) --resume $(ARGS)
@@ -30,12 +33,15 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+test-vllm-sources: $(VENV)/.dev
+	$(BIN)/python tests/vllm_sources/run.py $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .vllm-sources .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
