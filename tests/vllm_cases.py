@@ -1,6 +1,6 @@
 """What needs a real vLLM on a GPU, each case in a process of its own: ``python tests/vllm_cases.py CASE``.
 
-A case prints one line of JSON at the end; `test_vllm_live.py` looks at it.
+A case prints one line of JSON at the end. None of them has run on a GPU yet, and no test looks at them so far.
 """
 
 from __future__ import annotations

@@ -160,8 +160,10 @@ class Rollout:
 
 
 def _hello(engine: Engine) -> list[dict[str, Any]]:
+    from .vllm import PROTOCOL
+
     try:
-        return _checked(engine, "nvfp4_hello")
+        workers = _checked(engine, "nvfp4_hello")
     except MismatchError:
         raise
     except Exception as error:
@@ -169,6 +171,13 @@ def _hello(engine: Engine) -> list[dict[str, Any]]:
             f"the engine does not take live weights ({type(error).__name__}: {error}): start vLLM with "
             f'worker_extension_cls="{EXTENSION}", and install nvfp4-qat where its workers run'
         ) from error
+    others = sorted({worker["package"] for worker in workers if worker["protocol"] != PROTOCOL})
+    if others:
+        raise MismatchError(
+            f"the engine's workers have nvfp4-qat {', '.join(others)}, which cannot talk to this version: install the "
+            "same version on both sides"
+        )
+    return workers
 
 
 def _checked(engine: Engine, method: str, *arguments: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""vLLM's side of live weights: what its workers get, and what its processes load at start.
+"""vLLM's side of live weights: what its workers answer.
 
 Start vLLM with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``; nothing of vLLM is patched. Each worker then
 answers the calls below (``collective_rpc``), which `nvfp4_qat.rollout.Rollout` makes. Arguments and answers are plain
