@@ -15,7 +15,8 @@ Cases:
 
 The floors are the bytes a kernel must move over those of the copy: 1 for fake quantize, 0.64 for packing and unpacking,
 0.5 for amax. The copy is timed twice, before and after the rest: what the two differ by is noise. Times are those of
-the device, L2 cleared before each; ``host_us`` is how long a call keeps Python, with the device's queue never full.
+the device, which clears its L2 cache before each and then pauses for longer than Python takes to launch, so that a slow
+host does not count; ``host_us`` is how long a call keeps Python, with the device's queue never full.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, Row, append, environment
+from kernel_tables import FLOORS
 from peer_kernels import available
 from torch import Tensor
-from triton.testing import do_bench
 
 from nvfp4_qat import launch, multi, reference
 from nvfp4_qat.multi import Amaxes, Packs
@@ -40,7 +41,6 @@ from nvfp4_qat.multi_table import Tiles
 from nvfp4_qat.multi_unpack import UNPACK, UnpackPart, Unpacks
 
 SHAPES = [(4096, 4096), (24576, 4096), (196608, 2048)]
-FLOORS = {"fake quantize": 1.0, "quantize": 0.641, "quantize and amax": 0.641, "dequantize": 0.641, "amax": 0.5}
 FEWER = "copy of as many bytes"
 """As packing and unpacking move: what is over the floor here is not the kernels', but comes with small tensors."""
 
@@ -54,11 +54,34 @@ QWEN3_30B_A3B: Shapes = [(128, 1536, 2048), (128, 2048, 768)]
 """The experts of a layer; it has 48."""
 
 
+PAUSE = 300_000
+"""Cycles that the device waits before each run: 150 microseconds and more, in which Python launches it."""
+
+
+def device_times(run: Callable[[], object], milliseconds: int) -> list[float]:
+    """Microseconds of each run on the device, about ``milliseconds`` together, after a few that are not timed."""
+    whole_cache = torch.empty(256 << 20, device="cuda", dtype=torch.int8)
+
+    def timed(repeats: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for begin, end in events:
+            whole_cache.zero_()
+            torch.cuda._sleep(PAUSE)
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return [1000 * begin.elapsed_time(end) for begin, end in events]
+
+    first = statistics.median(timed(10))
+    return timed(max(20, min(1000, round(1000 * milliseconds / first))))
+
+
 def measure(runs: Runs, milliseconds: int) -> Row:
     """Times of each, and their medians over that of ``copy``, which is timed again at the end."""
     times = {}
     for name, run in {**runs, "copy again": runs["copy"]}.items():
-        times[name] = sorted(1000 * t for t in do_bench(run, warmup=25, rep=milliseconds, return_mode="all"))
+        times[name] = sorted(device_times(run, milliseconds))
     copy = statistics.median(times["copy"] + times["copy again"])
     quantiles = {name: [round(t[int(q * (len(t) - 1))], 2) for q in (0.1, 0.5, 0.9)] for name, t in times.items()}
     return {
@@ -258,11 +281,11 @@ def tune(kinds: list[str]) -> None:
         "fake quantize": [("fake quantize", fake_quantize)],
     }
     for kind in kinds:
-        copy = statistics.median(do_bench(copies[kind], return_mode="all"))
+        copy = statistics.median(device_times(copies[kind], 200))
         for blocks, steps, warps in TILES[kind]:
             tiles = Tiles(blocks, steps, max(1, SPAN // (blocks * steps)), warps)
             for name, make in makers[kind]:
-                times = sorted(do_bench(make(tiles), warmup=10, rep=60, return_mode="all"))
+                times = sorted(device_times(make(tiles), 60))
                 ratios = [times[int(q * (len(times) - 1))] / copy for q in (0.1, 0.5, 0.9)]
                 text = "  ".join(f"{ratio:.3f}" for ratio in ratios)
                 print(f"{name:18} {blocks:4} blocks {steps:2} steps {warps} warps   p10 p50 p90  {text}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from common import Row
@@ -26,6 +27,9 @@ BESIDE = (
     ("fake quantize", "plain PyTorch", "plain PyTorch"),
 )
 """What is timed beside a kernel: which kernel, what the benchmark calls it, and what the page does."""
+
+FLOORS = {"fake quantize": 1.0, "quantize": 0.641, "quantize and amax": 0.641, "dequantize": 0.641, "amax": 0.5}
+"""Bytes that a kernel must move over those of a copy of the bf16 values."""
 
 US = "us_p10_p50_p90"
 
@@ -96,6 +100,32 @@ def _peers(rows: Sequence[Row]) -> Section:
         (Panel("time / copy", tuple(groups), line=1.0, digits=2),),
     )
     return Section("Beside other packages", text, markdown(head, lines), picture)
+
+
+def counter_section(rows: Iterable[Row]) -> Section | None:
+    """Rows of `counters`; ``floors`` and sizes are those of `bench_kernels`."""
+    latest = {(row["gpu"], row["name"], row["kernel"]): row for row in rows}
+    if not latest:
+        return None
+    lines = []
+    for row in latest.values():
+        values = math.prod(int(side) for side in row["name"].split(" x "))
+        must = 4 * values * FLOORS[row["kernel"]]  # a copy reads 2 bytes a value, and writes 2
+        lines.append([
+            short(row["gpu"]), _what(row), NAMES[row["kernel"]], f"{row['us']:.1f}",
+            f"{(row['read_bytes'] + row['written_bytes']) / must:.3f}",
+            *(f"{row[key]:.0f} %" for key in ("memory_percent", "issue_percent", "warps_percent")),
+            f"{row['waves']:.1f}",
+        ])  # fmt: skip
+    head = ["GPU", "weight", "kernel", "µs", "moved / must move", "memory busy", "issue slots", "warps", "waves"]
+    text = (
+        "What the GPU's counters say (Nsight Compute, clocks left alone). Bytes that device memory read and wrote over "
+        "those that must move: less than 1 where a result still lies in the L2 cache at the end, and more where "
+        "something moved twice. Then the shares of the peak: of memory's throughput, of the issue slots of the "
+        "schedulers, of the warps that could be resident; and how many times the launch fills the GPU. Small "
+        "launches keep memory less busy, since filling and draining the GPU is a larger part of them."
+    )
+    return Section("Counters of the kernels", text, markdown(head, lines))
 
 
 def _what(row: Row) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import RESULTS, Row, read
-from kernel_tables import kernel_sections
+from kernel_tables import counter_section, kernel_sections
 from page import Group, Panel, Picture, Point, Section, markdown
 from row_tools import grouped, machine, short, usable, with_range
 from step_tables import step_sections
@@ -28,6 +28,7 @@ def sections(results: Path = RESULTS) -> list[Section]:
     """All sections that have rows, in the order of the page."""
     made = [
         *kernel_sections(usable(read(results / "kernels.jsonl"))),
+        counter_section(usable(read(results / "counters.jsonl"))),
         *step_sections(usable(read(results / "step.jsonl"))),
         modules(usable(read(results / "modules.jsonl"))),
         sync(usable(read(results / "sync.jsonl"))),
@@ -139,7 +140,7 @@ def packing(rows: Sequence[Row]) -> Section | None:
 def machines(results: Path) -> Section | None:
     """Where the rows on the page come from."""
     seen: dict[tuple[str, ...], set[str]] = {}
-    for name in ("kernels", "step", "modules", "sync"):
+    for name in ("kernels", "counters", "step", "modules", "sync"):
         for row in usable(read(results / f"{name}.jsonl")):
             versions = [str(row.get(key) or "–") for key in ("torch", "triton", "transformers", "nccl", "commit")]
             seen.setdefault((name, row["gpu"], *versions), set()).add(row["date"][:10])

@@ -256,6 +256,33 @@ def kernel_rows(out: Path) -> None:
     (out / "kernels.jsonl").write_text(text, encoding="utf-8")
 
 
+REPORT = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","dram__bytes_write.sum",\
+"gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","smsp__issue_active.avg.pct_of_peak_sustained_active",\
+"sm__warps_active.avg.pct_of_peak_sustained_active","launch__waves_per_multiprocessor"
+"","","us","Mbyte","byte","%","%","%",""
+""".replace("\\\n", "")
+
+
+def test_counters_become_rows_and_a_table(tmp_path):
+    pytest.importorskip("triton")
+    from counters import KERNELS, SHAPES, rows
+    from kernel_tables import counter_section
+
+    line = '"{}","_kernel","21.5","33.554432","1,000.5","81.3","40","90","3.9"\n'
+    report = REPORT + "".join(line.format(i) for i in range(len(SHAPES) * len(KERNELS)))
+    first, *rest = rows(report)
+    assert (first["kernel"], first["name"], first["us"]) == ("fake quantize", "4096 x 4096", 21.5)
+    assert (first["read_bytes"], first["written_bytes"], first["issue_percent"]) == (33554432.0, 1000.5, 40.0)
+    assert len(rest) == 11
+    with pytest.raises(RuntimeError, match="12 kernels were to be profiled, ncu shows 1"):
+        list(rows(REPORT + line.format(0)))
+    with pytest.raises(RuntimeError, match="ncu shows 0"):
+        list(rows("==ERROR== no permission"))
+    table = counter_section([{**first, "gpu": "NVIDIA H200"}]).table
+    assert "| H200 | 4096×4096 | fake quantize | 21.5 | 0.500 | 81 % | 40 % | 90 % | 3.9 |" in table
+
+
 def empty_page(folder: Path) -> Path:
     from page import BEGIN, END
 

@@ -141,6 +141,11 @@ def settled(measure: Callable[[], int], limit: int) -> int:
     return least
 
 
+def at_rest(measure: Callable[[], int]) -> int:
+    """A measurement to compare later ones with, taken when the backend's threads have let go of earlier memory."""
+    return settled(measure, 1)
+
+
 def local(p: Tensor) -> Tensor:
     """This rank's part of a sharded parameter."""
     return p.detach().to_local() if isinstance(p, DTensor) else p.detach()

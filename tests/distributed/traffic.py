@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import nvfp4_qat as nq
 from distributed.features import Checkpointed, seeded
-from distributed.instruments import Collectives, allocated, live_bytes, local, packing, padded_numel, settled
+from distributed.instruments import Collectives, allocated, at_rest, live_bytes, local, packing, padded_numel, settled
 from distributed.models import decoder, uneven
 from distributed.pair import FULL, MIXED, Pair, expected_gather, layers, linears, loss_of, nothing
 
@@ -144,7 +144,7 @@ def nothing_unsharded_stays(env: Env, policy: MixedPrecisionPolicy) -> None:
     x = pair.inputs()[env.rank]
     pair.forget_twin()
     warm_up(env.device)
-    start = live_bytes(env.device)
+    start = at_rest(lambda: live_bytes(env.device))
     held = sum(local(p).numel() for name, p in pair.parameters().items() if name in pair.plan)
     largest = max(p.numel() for p in pair.parameters().values()) * 2  # bytes in bf16
     packed = held * 9 // 16
@@ -188,7 +188,7 @@ def steps_allocate_no_more_than_they_free(env: Env) -> None:
         call()
         call()
         limit = 5 * (1 << 16) if env.device == "cpu" else 0
-        before = settled(lambda: allocated(env.device), 0)
+        before = at_rest(lambda: allocated(env.device))
         for _ in range(5):
             call()
         grown = settled(lambda: allocated(env.device) - before, limit)  # noqa: B023
@@ -206,7 +206,7 @@ def gathered_bytes_are_freed(env: Env) -> None:
         model(torch.randn(1, 2, 256, device=env.device))
     for unit in (*model.layers, model):
         unit.reshard()
-    start = live_bytes(env.device)
+    start = at_rest(lambda: live_bytes(env.device))
     model.layers[0].unshard()
     weights = 2 * sum(p.numel() for p in model.layers[0].parameters())
     kept = settled(lambda: live_bytes(env.device) - start, int(weights * 1.05))
