@@ -39,6 +39,10 @@ STACKED |= {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 EXPERT_SHARDS = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
 
 
+class Absent(nn.Module):
+    """In place of what another pipeline stage has."""
+
+
 class Block(nn.Module):
     def __init__(self, place, experts):
         super().__init__()
@@ -109,6 +113,20 @@ class Model(nn.Module):
         return self.run(self.operands(), tokens)
 
 
+class Stage(Model):
+    """One of two stages of a pipeline: the embedding and the first block, or the second block and the head."""
+
+    def __init__(self, number):
+        super().__init__(tied=False)
+        self.layers[1 - number] = Absent()
+        for name in (("norm", "lm_head"), ("embed",))[number]:
+            setattr(self, name, Absent())
+
+    def load_weights(self, weights):
+        absent = tuple(f"{name}." for name, layer in self.named_modules() if isinstance(layer, Absent))
+        super().load_weights((name, t) for name, t in weights if not name.startswith(absent))
+
+
 class Graph:
     """A model's pass over the memory that its operands have now."""
 
@@ -128,11 +146,15 @@ class StandinCode:
     """`live_recipe.EngineCode` of these models; made before a model is processed."""
 
     def __init__(self, model):
-        self.forms = {layer: layer._parameters for layer in model.modules()}
+        self.names, self.forms = {}, {layer: layer._parameters for layer in model.modules()}
         self.forms = {layer: self.checkpoint_form(layer) for layer in self.forms}
+        self.names = {layer: self.constructed(layer) for layer in self.forms}
 
     def checkpoint_form(self, layer):
         return {name: on_meta(form) for name, form in self.forms[layer].items() if form is not None}
+
+    def constructed(self, layer):
+        return self.names.get(layer) or frozenset((*layer._parameters, *layer._buffers, *layer.__dict__))
 
     def processes(self, layer):
         return isinstance(getattr(layer, "quant_method", None), Method)
@@ -146,8 +168,20 @@ class StandinCode:
     def derive(self, layer):
         layer.process_weights_after_loading(BF16)
 
+    def elsewhere(self, model, name):
+        return any(name.startswith(f"{n}.") for n, m in model.named_modules() if isinstance(m, Absent))
+
+    def kept(self, layer, name):
+        return isinstance(layer, Attention) and "cache_scale" in name
+
+    def outlives(self, layer, name):
+        return name in layer._buffers
+
     def optional(self, layer, name):
         return name.endswith("input_global_scale")
+
+    def quicker(self, layer):
+        return None
 
     def ours(self, cls):
         return not cls.__module__.startswith("torch")

@@ -240,15 +240,21 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Has no weights of its own; computes with two views of one matrix made from ``kv_b_proj``."""
+    """Has no weights of its own; computes with two views of one matrix made from ``kv_b_proj``.
+
+    Like vLLM's, it has a scale of the cache, on the device and as a number.
+    """
 
     def __init__(self, kv_b_proj):
         super().__init__()
         self.kv_b_proj = kv_b_proj
+        self.register_buffer("cache_scale", torch.zeros(()))
 
     def process_weights_after_loading(self, dtype):
         whole = self.kv_b_proj.compute(torch.eye(HIDDEN), **self.kv_b_proj.operands()).to(dtype)
         self.w_uk_t, self.w_uv = whole[:, :HIDDEN].T, whole[:, HIDDEN:]
+        self.cache_scale.fill_(1.0)
+        self.cache_scale_float = 1.0
 
-    def compute(self, x, w_uk_t, w_uv):
+    def compute(self, x, w_uk_t, w_uv, cache_scale):
         return x * w_uk_t.float().sum(0) + x @ w_uv.float()

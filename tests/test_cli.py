@@ -29,12 +29,18 @@ def run(capsys, *arguments):
     return code, done.out, done.err
 
 
+def heeding_interrupts():
+    """What runs in the background may have been told to ignore them, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "nvfp4_qat", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeding_interrupts,
         **options,
     )
 
@@ -46,7 +52,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("command", ["plan", "export", "verify", "demo", "report"])
+@pytest.mark.parametrize("command", ["plan", "export", "verify", "demo", "report", "bench"])
 def test_help_has_examples_that_parse(command, capsys):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

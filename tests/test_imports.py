@@ -28,6 +28,8 @@ PUBLIC = (
     "save_checkpoint",
     "load_checkpoint",
     "verify_checkpoint",
+    "Rollout",
+    "SyncReport",
     "rollout_metrics",
     "UserError",
     "MismatchError",

@@ -78,6 +78,7 @@ def test_an_expert_whose_name_has_no_number_is_an_error():
         list(_parts([CheckpointSlice("experts.two.up_proj", 2)], rows=True))
 
 
-def test_a_dtype_that_is_not_known_is_an_error():
-    with pytest.raises(UserError, match="'float4', which this version cannot take"):
-        from_wire([["w", [2, 2], "float4", []]])
+def test_dtypes_that_are_not_known_are_one_error():
+    wire = [["w", [2, 2], "float4", []], ["b", [2], "float32", []], ["v", [2], "float3", []]]
+    with pytest.raises(UserError, match="nothing was changed: w has the dtype 'float4'; v has the dtype 'float3'. Ins"):
+        from_wire(wire)

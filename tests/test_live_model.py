@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers_live import Bare, Up, bits, without
-from standin_engine import Model, announced, checkpoint, fused, start
+from standin_engine import Model, Stage, announced, checkpoint, fused, start
 from standin_layers import ALONE, BF16, EXPERTS, HIDDEN, VOCAB, Embedding, Method, Place, fixed
 
 from nvfp4_qat.errors import MismatchError, UserError
@@ -37,6 +37,22 @@ def test_an_update_gives_what_a_fresh_model_has_at_the_addresses_of_before(place
         weights = checkpoint(seed, tied)
         engine.update(*(fused(weights) if together else (weights,)), rng=rng)
         engine.check(weights)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["experts apart", "experts in one"])
+@pytest.mark.parametrize("number", range(2))
+def test_pipeline_stages_take_the_layers_that_they_have(number, together):
+    engine = Up(partial(Stage, number), checkpoint(1, False))
+    for seed in (2, 3):
+        weights = checkpoint(seed, False)
+        engine.update(*(fused(weights) if together else (weights,)))
+        engine.check(weights)
+    mine = f"layers.{number}.norm.weight"
+    for name, named in ((mine, f"{mine}: nothing brings it"), ("layers.2.bias", "layers.2.bias: the engine has no")):
+        entries = [e for e in announced(weights) if e.name != name]
+        entries += [Incoming(name, (3,), BF16, (Part(name),))] if name != mine else []
+        with pytest.raises(MismatchError, match=named):
+            engine.live.begin(entries)
 
 
 @pytest.mark.parametrize("place", EXPERT_SPLIT, ids=str)
@@ -71,7 +87,10 @@ def test_every_operand_was_renewed_so_that_the_comparisons_say_something():
     engine.update(checkpoint(2, False))
     same = {name for name, t in engine.model.operands().items() if bits(t) == before[name]}
     inputs = [f"{part}_input_{kind}" for part in ("w13", "w2") for kind in ("scale", "global_scale")]
-    assert same == {f"layers.1.experts:{name}" for name in ["expert_map", *inputs]}
+    assert same == {
+        *(f"layers.1.experts:{name}" for name in ["expert_map", *inputs]),
+        *(f"layers.{i}.attn:cache_scale" for i in range(2)),
+    }
 
 
 def test_locks_and_helper_objects_are_left_alone():
@@ -153,6 +172,54 @@ def test_tensors_are_found_in_buckets():
         engine.live.view("norm.weight", bucket, 0)
 
 
+def in_rows(live, weights, rng):
+    """Tensors cut into ranges of rows, all of them in random order."""
+    pieces = []
+    for name, tensor in weights.items():
+        cuts = sorted({0, *(rng.randrange(len(tensor)) for _ in range(3)), len(tensor)})
+        pieces += [(name, a, tensor[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    rng.shuffle(pieces)
+    for piece in pieces:
+        live.load_rows(*piece)
+    return len(pieces)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["experts apart", "experts in one"])
+@pytest.mark.parametrize("place", [ALONE, SPLIT[1], EXPERT_SPLIT[1], EXPERT_SPLIT[2]], ids=str)
+def test_tensors_may_come_in_ranges_of_rows(place, together):
+    engine, rng = up(place), random.Random(1)
+    for seed in (2, 3):
+        weights, entries = fused(checkpoint(seed)) if together else (checkpoint(seed), announced(checkpoint(seed)))
+        engine.live.begin(entries)
+        assert in_rows(engine.live, weights, rng) > 2 * len(weights)
+        engine.live.commit()
+        engine.check(checkpoint(seed))
+
+
+def test_rows_that_do_not_fit_or_come_again_are_refused_and_the_update_goes_on():
+    engine, name = up(), "layers.0.down_proj.weight_packed"
+    packed = NEW[name]
+    engine.live.begin(announced(NEW))
+    for first, rows in ((-1, packed[:2]), (31, packed[:2]), (0, packed[:, 1:]), (0, packed[:0]), (0, packed.int())):
+        with pytest.raises(MismatchError, match=rf"{name} was announced as torch.uint8 \[32, 16\]; its rows from"):
+            engine.live.load_rows(name, first, rows)
+    engine.live.load_rows(name, 8, packed[8:20])
+    for first, stop in ((0, 9), (19, 32), (10, 12), (8, 20)):
+        with pytest.raises(MismatchError, match=f"some rows of {name} from {first} to {stop - 1} have come before"):
+            engine.live.load_rows(name, first, packed[first:stop])
+    with pytest.raises(MismatchError, match=f"some rows of {name} have come before"):
+        engine.live.load([(name, packed)])
+    engine.live.load(without(NEW, name).items())
+    with pytest.raises(MismatchError, match=rf"1 tensors have not come: {name} \(not all of it\)"):
+        engine.live.commit()
+    engine.live.load_rows(name, 20, packed[20:])
+    engine.live.load_rows(name, 0, packed[:8])
+    with pytest.raises(MismatchError, match=f"{name} has come before"):
+        engine.live.load_rows(name, 0, packed[:8])
+    engine.live.commit()
+    engine.check(NEW)
+
+
 def test_one_tensor_may_bring_weights_of_several_layers():
     names = [f"layers.{i}.norm.weight" for i in range(2)]
     entries = announced(without(NEW, *names))
@@ -177,7 +244,7 @@ def test_loaders_run_for_the_first_update_only():
     for weights in (NEW, OLD):
         engine.update(weights)
         engine.check(weights)
-        assert len(calls) == len(NEW)
+        assert len(calls) == 1
 
 
 def test_layers_whose_processing_does_nothing_are_loaded_directly():
@@ -189,7 +256,8 @@ def test_layers_whose_processing_does_nothing_are_loaded_directly():
     processed.clear()
     engine.update(OLD)
     engine.check(OLD)
-    assert len(processed) == 9 and Method not in processed
+    assert len(processed) == 9 + engine.live.quick.proved  # once more with made-up numbers
+    assert Method not in processed
 
     engine.live.begin(announced(NEW))
     for name in ("embed.weight", "layers.1.router.weight", "layers.0.norm.weight"):
@@ -268,11 +336,11 @@ def test_an_update_that_is_given_up_leaves_a_mixture_and_the_next_one_heals(how)
 def test_processing_that_gives_another_form_names_the_layer_and_ends_the_update():
     engine, name = up(), "layers.0.gate_up_proj"
     before, process = engine.everything(), engine.code.process
-    engine.model.get_submodule(name).odd = True
+    widths = engine.model.get_submodule(name).widths
 
     def longer(twin):
         process(twin)
-        if hasattr(twin, "odd"):
+        if twin.widths is widths:
             twin.weight = fixed(torch.cat((twin.weight, twin.weight)))
 
     engine.code.process = longer
@@ -301,6 +369,22 @@ def test_attention_that_gives_another_form_is_named():
     engine.code.derive = derive
     engine.update(NEW)
     engine.check(NEW)
+
+
+def test_scales_of_the_kv_cache_stay_as_they_were_measured():
+    """vLLM's attention sets them to 1 when it is loaded, and to what it measures on the first tokens."""
+    engine, layer = up(), None
+    for name in ("layers.0.attn", "layers.1.attn"):
+        layer = engine.model.get_submodule(name)
+        assert layer.cache_scale.item() == 1.0 == layer.cache_scale_float
+        layer.cache_scale.fill_(0.25)
+        layer.cache_scale_float = 0.25
+    measured, scale = layer.cache_scale.data_ptr(), layer.cache_scale
+    for weights in (NEW, OLD):
+        engine.update(weights)
+        assert engine.live.whole
+        assert layer.cache_scale is scale and scale.data_ptr() == measured
+        assert scale.item() == 0.25 == layer.cache_scale_float
 
 
 def test_an_update_in_which_processing_raised_is_given_up():

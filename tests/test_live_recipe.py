@@ -18,7 +18,7 @@ OLD, NEW = checkpoint(1), checkpoint(2)
 
 
 def new(name, *shape, dtype=BF16, parts=None):
-    return Incoming(name, shape, dtype, parts or (Part(name),))
+    return Incoming(name, shape, dtype, (Part(name),) if parts is None else parts)
 
 
 def refused(entries, *expected):
@@ -51,7 +51,19 @@ def test_what_is_missing_is_named_and_counted():
 
 @pytest.mark.parametrize("at", ["layers.7.q_proj", "layers.0.rotary", "layers.1.experts.0.up_proj", "lm_head", "x"])
 def test_what_is_unexpected_is_named_whether_loaders_raise_or_pass_over_it(at):
-    assert refused([*announced(NEW), new(f"{at}.zeros", 3)], f"{at}.zeros").count(";") == 1
+    assert (
+        refused([*announced(NEW), new(f"{at}.zeros", 3)], f"{at}.zeros: the engine has no such weight").count(";") == 1
+    )
+
+
+def test_names_that_are_like_an_unknown_one_are_offered():
+    entries = [new("layers.0.qkv_proj.weight_packd", 3), new("layers.1.experts.0.gate.weight", 3), new("?", 3)]
+    refused(
+        [*announced(NEW), *entries, new("nothing", 3, parts=())],
+        "layers.0.qkv_proj.weight_packd: the engine has no such weight (it has layers.0.qkv_proj.weight_packed, ",
+        "?: the engine has no such weight",
+        "nothing: the engine has no such weight",
+    )
 
 
 def test_what_has_another_shape_is_named():
@@ -85,7 +97,7 @@ def test_all_that_is_wrong_is_one_error():
 
 
 def test_a_long_list_of_problems_ends_with_how_many_more():
-    error = refused([*announced(NEW), *(new(f"x.{i}", 1) for i in range(60))], "x.0 ", "x.49 ", "and 10 more")
+    error = refused([*announced(NEW), *(new(f"x.{i}", 1) for i in range(60))], "x.0:", "x.49:", "and 10 more")
     assert "x.50" not in error
 
 
@@ -218,6 +230,7 @@ def any_names(*arguments):
     param.data.copy_(loaded_weight * 2)
 
 
+@pytest.mark.parametrize("in_rows", [False, True])
 @pytest.mark.parametrize("method", [None, Method, Reversed])
 @pytest.mark.parametrize(
     "loader",
@@ -231,12 +244,81 @@ def any_names(*arguments):
         by_list,
     ],
 )
-def test_whatever_loaders_do_is_done_again(loader, method):
+def test_whatever_loaders_do_is_done_again(loader, method, in_rows):
     engine = Up(one(loader, method), weight())
     for _ in range(3):
         weights = weight()
-        engine.update(weights)
+        if in_rows:
+            engine.live.begin(announced(weights))
+            for start, stop in ((1, 3), (0, 1), (3, 4)):
+                engine.live.load_rows("one.weight", start, weights["one.weight"][start:stop])
+            engine.live.commit()
+        else:
+            engine.update(weights)
         engine.check(weights)
+
+
+ROWS = torch.tensor([2, 0, 3])
+
+
+def rows_by_number(param, loaded_weight):
+    param.data[ROWS] = loaded_weight[:3]
+
+
+def rows_by_copy(param, loaded_weight):
+    param.data.index_copy_(0, ROWS, loaded_weight[:3])
+
+
+def columns_by_number(param, loaded_weight):
+    param.data[:, ROWS - 6] = loaded_weight[:, :3]
+
+
+def cells_by_number(param, loaded_weight):
+    param.data[ROWS, ROWS + 1] = loaded_weight[0, :3]
+
+
+def rows_by_mask(param, loaded_weight):
+    param.data[torch.tensor([True, False, True, True])] = loaded_weight[:3]
+
+
+def filled_by_number(param, loaded_weight):
+    param.data.index_fill_(1, ROWS, 2.0)
+
+
+@pytest.mark.parametrize(
+    "loader, missing",
+    [
+        (rows_by_number, 6),
+        (rows_by_copy, 6),
+        (columns_by_number, 12),
+        (cells_by_number, 21),
+        (rows_by_mask, 6),
+        (filled_by_number, 12),
+    ],
+)
+def test_of_what_is_written_by_number_only_that_counts(loader, missing):
+    engine = Up(one(loader), weight())
+    with pytest.raises(MismatchError, match=f"one.weight: {missing} of 24 elements are missing"):
+        engine.live.begin(announced(weight()))
+
+
+def by_its_values(param, loaded_weight):
+    param.data[loaded_weight[:, 0].argsort()] = loaded_weight
+
+
+def added_by_number(param, loaded_weight):
+    param.data.index_add_(0, torch.tensor([0, 1, 2, 3]), loaded_weight)
+
+
+def by_its_mask(param, loaded_weight):
+    param.data.masked_fill_(loaded_weight > 0, 1.0)
+
+
+@pytest.mark.parametrize("loader", [by_its_values, added_by_number, by_its_mask])
+def test_what_is_written_where_numbers_say_that_cannot_be_known_is_refused(loader):
+    engine = Up(one(loader), weight())
+    with pytest.raises(MismatchError, match="the loader of one.weight writes elements that it chooses one by one"):
+        engine.live.begin(announced(weight()))
 
 
 class Halved(Linear):

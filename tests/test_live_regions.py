@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvfp4_qat.live_regions import Copy, Region, coverage, merged, region_of
+from nvfp4_qat.live_regions import Copy, Region, _runs, clipped, coverage, merged, region_of
 
 U8, I16, F32, FP8, BF16 = torch.uint8, torch.int16, torch.float32, torch.float8_e4m3fn, torch.bfloat16
 
@@ -81,6 +81,24 @@ def test_merging_moves_every_element_as_before(families: list[list[Copy]], rando
     assert len(found) <= len(copies)
 
 
+@settings(max_examples=500, deadline=None)
+@given(families(), st.lists(st.integers(0, 80), max_size=4))
+def test_parts_of_a_source_move_together_what_the_whole_moves(copies: list[Copy], cuts: list[int]) -> None:
+    borders = sorted({0, *(4 * cut for cut in cuts), 1 << 12})
+    found = []
+    for first, last in itertools.pairwise(borders):
+        for part in (part for copy in copies for part in clipped(copy, first, last)):
+            assert all(first <= first + at < last for at in offsets(part.source))
+            found.append(replace(part, source=replace(part.source, start=part.source.start + first)))
+    assert moves(found) == moves(copies)
+
+
+def test_values_are_not_cut_through() -> None:
+    held = torch.empty(4, dtype=F32)
+    with pytest.raises(ValueError, match="cannot be cut at bytes 0 or 6"):
+        clipped(copy_of(held, held), 0, 6)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), dims, st.sampled_from([U8, I16, F32])), max_size=5))
 def test_coverage_counts_every_byte(drawn: list) -> None:
@@ -130,6 +148,29 @@ def test_one_value_for_all_rows_and_single_numbers() -> None:
     assert torch.equal(into, source[:, None].expand(2, 5))
     (copy,) = merged([copy_of(into[i, 0], source[i]) for i in range(2)])
     assert copy.destination.numel == 2 and offsets(copy.destination) == [0, 20]
+
+
+def test_transposed_tensors_are_copied_and_counted_like_others() -> None:
+    experts, rows, columns = 5, 6, 4
+    held, into = torch.empty(experts, rows, columns), torch.empty(experts, rows, columns)
+    turned = merged([copy_of(into[e].T, held[e].T) for e in range(experts)])
+    assert [(c.destination.size, c.destination.stride) for c in turned] == [((held.numel(),), (1,))]
+
+    whole = torch.arange(float(experts * rows * columns)).view(experts, columns, rows)
+    halves = [copy_of(into[e].T[k * 2 : k * 2 + 2], whole[e, k * 2 : k * 2 + 2]) for k in range(2) for e in range(5)]
+    found = merged(halves)
+    assert len(found) == 2 and coverage(into, [c.destination for c in found]) == (0, 0)
+    for copy in found:
+        copy.destination.of(into).copy_(copy.source.of(whole))
+    assert torch.equal(into, whole.mT)
+
+
+@pytest.mark.parametrize("turn", [lambda t: t.mT, lambda t: t.permute(2, 0, 1), lambda t: t.permute(1, 2, 0)])
+def test_a_large_transposed_tensor_is_one_run_of_bytes(turn) -> None:
+    large = torch.empty(64, 4096, 4096, dtype=U8, device="meta")
+    starts, length = _runs(region_of(turn(large)))
+    assert (starts.tolist(), length) == ([0], large.numel())
+    assert coverage(large, [region_of(turn(large)[:1])]) == (large.numel() - turn(large)[0].numel(), 0)
 
 
 def test_whole_tensors_of_one_shape_become_a_run_of_bytes() -> None:

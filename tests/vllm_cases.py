@@ -1,6 +1,6 @@
 """What needs a real vLLM on a GPU, each case in a process of its own: ``python tests/vllm_cases.py CASE``.
 
-A case prints one line of JSON at the end. None of them has run on a GPU yet, and no test looks at them so far.
+A case prints one line of JSON at the end. `test_vllm.py` runs them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_checks import CHECKED, weights
+from vllm_experts import wrong_experts
 
 import nvfp4_qat as nq
-from nvfp4_qat.live_twin import tensors
-from nvfp4_qat.rollout import EXTENSION, Rollout
+from nvfp4_qat.rollout import Rollout
 
 CONFIG = nq.QATConfig(enable=True)
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ def engine(path: Path, **options: Any) -> Any:
 
     return LLM(
         str(path), skip_tokenizer_init=True, max_model_len=256, gpu_memory_utilization=0.2, max_num_seqs=64,
-        worker_extension_cls=EXTENSION, **options,
+        kv_cache_memory_bytes=1 << 30, worker_extension_cls=CHECKED, **options,
     )  # fmt: skip
 
 
@@ -97,15 +97,6 @@ def fresh(worker: Any, path: Path) -> Any:
         return get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
 
 
-def everything(model: Any, ours: Callable[[type], bool]) -> dict[str, torch.Tensor]:
-    return {
-        f"{name} {'.'.join(path)}": t
-        for name, layer in model.named_modules()
-        for path, t in tensors(layer, ours).items()
-        if "kv_cache" not in path and "input_global_scale" not in path[-1]
-    }
-
-
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     def bits(t: torch.Tensor) -> torch.Tensor:
         return t.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -146,8 +137,9 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
         worker = worker_of(llm)
         live = worker.model_runner.get_model()
         rollout = Rollout.connect(llm, plan)
-        code = worker.__dict__["_nvfp4_state"].code
-        addresses = {k: t.data_ptr() for k, t in everything(live, code.ours).items()}
+        state = worker.__dict__["_nvfp4_state"]
+        code = state.code
+        addresses = {k: t.data_ptr() for k, t in weights(live, code.ours).items()}
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 for j in range(16)]} for i in range(16)]
         greedy = SamplingParams(temperature=0.0, max_tokens=16, detokenize=False)
         seconds = []
@@ -157,8 +149,8 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
             out = llm.generate(prompts, greedy, use_tqdm=False)
         nq.save_checkpoint(model, last)
         other = fresh(worker, last)
-        now, want = everything(live, code.ours), everything(other, code.ours)
-        return {
+        now, want = weights(live, code.ours), weights(other, code.ours)
+        found = {
             "tensors": len(now),
             "other_names": sorted(now.keys() ^ want.keys())[:10],
             "different": [k for k, t in now.items() if k in want and not same_bits(t, want[k])][:10],
@@ -166,37 +158,45 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
             "wrong_in_kernels": weights_in_kernels(model, live, plan),
             "tokens": sum(len(o.outputs[0].token_ids) for o in out),
             "seconds": [round(s, 3) for s in seconds],
+            "quick": [state.live.quick.taken, state.live.quick.proved, state.live.quick.refused],
         }
+        if kind == "moe":
+            found["wrong_experts"] = wrong_experts(model, rollout, live, worker.vllm_config)
+        return found
 
 
-def shared_memory(kind: str) -> dict[str, Any]:
-    """An engine in a process of its own gets the same tokens out of synced weights as one that loads them."""
+def apart(kind: str, rounds: int = 6, transport: Any = "auto", **options: Any) -> dict[str, Any]:
+    """After several updates an engine in processes of its own has the tensors of one that loads the checkpoint."""
     from vllm import SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
         first, last = Path(folder, "first"), Path(folder, "last")
         model, plan = trainer(kind)
         nq.save_checkpoint(model, first)
-        llm = engine(first)
-        rollout = Rollout.connect(llm, plan)
+        llm = engine(first, **options)
+        rollout = Rollout.connect(llm, plan, transport=transport)
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 for j in range(16)]} for i in range(16)]
-        greedy = SamplingParams(temperature=0.0, max_tokens=16, detokenize=False, logprobs=0)
+        greedy = SamplingParams(temperature=0.0, max_tokens=16, detokenize=False)
 
-        def tokens(llm: Any) -> list[list[int]]:
+        def tokens() -> list[list[int]]:
             return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, greedy, use_tqdm=False)]
 
-        before = tokens(llm)
+        before = tokens()
         reports = []
-        for i in range(5):
+        for i in range(rounds):
             perturb(model, i)
             reports.append(rollout.sync(model))
-        after = tokens(llm)
+            after = tokens()
+        now = llm.collective_rpc("checked_digests")
         nq.save_checkpoint(model, last)
-        del llm
-        time.sleep(5)
-        expected = tokens(engine(last))
+        want = engine(last, **options).collective_rpc("checked_digests")
+        different = [
+            f"{rank} {n}" for rank, (a, b) in enumerate(zip(now, want, strict=True)) for n in a if a[n] != b.get(n)
+        ]
         return {
-            "changed": before != after, "equal": after == expected, "bytes": reports[-1].bytes,
+            "changed": before != after, "tensors": [len(d) for d in now], "different": different[:10],
+            "other_names": [sorted(a.keys() ^ b.keys())[:5] for a, b in zip(now, want, strict=True)],
+            "bytes": reports[-1].bytes, "extra_bytes": reports[-1].extra_bytes,
             "seconds": [round(r.seconds, 3) for r in reports],
         }  # fmt: skip
 
@@ -206,8 +206,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "exact-tied": lambda: exact("tied", 3),
     "exact-bias": lambda: exact("bias", 3),
     "exact-moe": lambda: exact("moe"),
-    "shared-dense": lambda: shared_memory("dense"),
-    "shared-moe": lambda: shared_memory("moe"),
+    "shared-dense": lambda: apart("dense"),
+    "shared-moe": lambda: apart("moe"),
+    "broadcast-dense": lambda: apart("dense", transport="broadcast"),
+    "tp2-dense": lambda: apart("dense", tensor_parallel_size=2),
+    "tp2-moe": lambda: apart("moe", tensor_parallel_size=2),
+    "ep2-moe": lambda: apart("moe", tensor_parallel_size=2, enable_expert_parallel=True),
 }
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .ops import PackedNVFP4, amax, fake_quantize, global_scale, quantize
     from .plan import QuantPlan
     from .quantizer import QATQuantizer, packed_weights
+    from .rollout import Rollout, SyncReport
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOME = {
     "ops": ("PackedNVFP4", "amax", "fake_quantize", "global_scale", "quantize"),
     "plan": ("QuantPlan",),
     "quantizer": ("QATQuantizer", "packed_weights"),
+    "rollout": ("Rollout", "SyncReport"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -43,7 +45,9 @@ __all__ = [
     "QATLinear",
     "QATQuantizer",
     "QuantPlan",
+    "Rollout",
     "StaleWeightsError",
+    "SyncReport",
     "UserError",
     "amax",
     "apply_qat",

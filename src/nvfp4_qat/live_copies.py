@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .live_materials import materialized
-from .live_regions import Copy, Region, overlap, region_of, union
+from .live_regions import Copy, Region, clipped, overlap, region_of, union
 
 aten: Any = torch.ops.aten
 
@@ -87,6 +87,11 @@ class Loads:
         for key, region, _ in self.constants:
             yield key, region
 
+    def of_bytes(self, first: int, last: int) -> Loads:
+        """What loading the bytes ``first`` to ``last - 1`` of the tensor does, without constants; not with calls."""
+        assert not self.calls
+        return Loads([part for copy in self.copies for part in clipped(copy, first, last)])
+
     def repeat(self, tensor: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Do it with data.
 
@@ -106,6 +111,9 @@ class Loads:
 class Recorder(TorchDispatchMode):
     """Watches loaders write.
 
+    What is written is put down to the tensor whose memory it comes from, else to the one that was given last. So a
+    model may be given a stream of many tensors at once, as it expects them.
+
     Args:
         parameters: what may be written, by key; without data (meta) or with.
     """
@@ -113,16 +121,17 @@ class Recorder(TorchDispatchMode):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._keys = {_memory(t): key for key, t in parameters.items()}
-        self._loads = Loads()
-        self._source: Tensor | None = None
+        self._sources: dict[int, tuple[Tensor, Loads]] = {}
+        self._last = Loads()
         self._call: _Running | None = None
         self._made: dict[int, Tensor] = {}
         """What loaders make for themselves."""
 
     def tensor(self, tensor: Tensor) -> Loads:
-        """From now on a tensor is loaded; what happens is added to the result."""
-        self._source, self._loads, self._made = tensor, Loads(), {}
-        return self._loads
+        """From now on parts of a tensor are given; what happens to them is added to the result."""
+        self._last, self._made = Loads(), {}
+        self._sources[_memory(tensor)] = tensor, self._last
+        return self._last
 
     def loader(self, key: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """The loader of a parameter, watched."""
@@ -131,39 +140,39 @@ class Recorder(TorchDispatchMode):
 
         @functools.wraps(loader)
         def watched(*arguments: Any, **options: Any) -> Any:
-            self._loads.asked.add(key)
-            outer, self._call = self._call, _Running(key)
-            running = self._call
             bound = signature.bind(*arguments, **options)
             parameter, part, *rest = bound.args
+            _, loads = self._sources.get(_memory(part), (None, self._last))
+            loads.asked.add(key)
+            outer, self._call = self._call, _Running(key, loads)
+            running = self._call
             try:
                 result = loader(*arguments, **options)
             except (RuntimeError, NotImplementedError) as error:
-                if "meta tensor" not in str(error):
+                if "meta" not in str(error):
                     raise
                 result = self._with_data(key, loader, parameter, part, rest, bound.kwargs)
             finally:
                 self._call = outer
             if running.opaque:
-                source = self._region(part, self._source)
-                if source is None:
+                found = self._source(part)
+                if found is None:
                     raise UnrepeatableError(f"{key}: its loader is given a tensor made from the one that is loaded")
-                written = (
-                    *running.opaque,
-                    *(c.destination for c in running.copies),
-                    *(r for _, r, _ in running.constants),
-                )
-                self._loads.calls.append(Call(key, source, loader, (tuple(rest), dict(bound.kwargs)), written))
+                written = (*running.opaque, *(c.destination for _, c in running.copies))
+                written += tuple(region for _, region, _ in running.constants)
+                loads.calls.append(Call(key, found[0], loader, (tuple(rest), dict(bound.kwargs)), written))
             else:
-                self._loads.copies += running.copies
-                self._loads.constants += running.constants
+                for of, copy in running.copies:
+                    of.copies.append(copy)
+                loads.constants += running.constants
             return result
 
         return watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        targets = list(_targets(func, args, kwargs))
+        writes, is_view = _effects(func)
+        targets = [t for i, name in writes if isinstance(t := args[i] if i < len(args) else kwargs.get(name), Tensor)]
         for target in targets:
             memory = _memory(target)
             if not target.is_meta and memory not in self._keys and memory not in self._made:
@@ -175,29 +184,40 @@ class Recorder(TorchDispatchMode):
             key = self._keys.get(_memory(target))
             if key is not None:
                 self._note(func, args, key, target)
-        for made in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(made, Tensor) and not made.is_meta and not _is_view(func):
-                self._made[_memory(made)] = made
+        if not is_view:
+            for made in out if isinstance(out, (list, tuple)) else (out,):
+                if isinstance(made, Tensor) and not made.is_meta:
+                    self._made[_memory(made)] = made
         return out
 
     def _note(self, func: Any, args: Any, key: str, target: Tensor) -> None:
         running = self._call
         if running is None:
             raise UnrepeatableError(f"{key} is written outside of its loader, by {func}")
-        destination = region_of(target)
-        if func is aten.copy_.default:
-            source = self._region(args[1].expand(target.shape), self._source)
-            if source is not None:
-                running.copies.append(Copy(key, destination, source))
-                return
-        elif func in (aten.fill_.Scalar, aten.zero_.default):
-            value = float(args[1]) if func is aten.fill_.Scalar else 0.0
-            if target.is_meta and not overlap([destination], [c.destination for c in running.copies]):
-                running.constants.append((key, destination, value))
-                return
+        if func in BY_INDEX:
+            regions = indexed(target, BY_INDEX[func](args))
+            if regions is None:
+                raise UnrepeatableError(
+                    f"the loader of {key} writes elements that it chooses one by one ({func}): which, cannot be told "
+                    "before it has run"
+                )
+        else:
+            regions = [region_of(target)]
+            (destination,) = regions
+            if func is aten.copy_.default:
+                found = self._source(args[1].expand(target.shape))
+                if found is not None:
+                    source, loads = found
+                    running.copies.append((loads, Copy(key, destination, source)))
+                    return
+            elif func in (aten.fill_.Scalar, aten.zero_.default):
+                value = float(args[1]) if func is aten.fill_.Scalar else 0.0
+                if target.is_meta and not overlap(regions, [c.destination for _, c in running.copies]):
+                    running.constants.append((key, destination, value))
+                    return
         if key != running.key:
             raise UnrepeatableError(f"the loader of {running.key} writes into {key}")
-        running.opaque.append(destination)
+        running.opaque += regions
 
     def _with_data(
         self, key: str, loader: Callable[..., Any], parameter: Tensor, part: Tensor, rest: Any, options: Any
@@ -210,14 +230,14 @@ class Recorder(TorchDispatchMode):
         finally:
             del self._keys[_memory(stand_in)]
 
-    @staticmethod
-    def _region(part: Tensor, whole: Tensor | None) -> Region | None:
-        """``part`` as a region of ``whole``; None if it is of other memory."""
-        if whole is None or _memory(part) != _memory(whole):
+    def _source(self, part: Tensor) -> tuple[Region, Loads] | None:
+        """Which region of a tensor that is loaded ``part`` is; None if it is of other memory."""
+        whole, loads = self._sources.get(_memory(part), (None, None))
+        if whole is None or loads is None:
             return None
         found = region_of(part)
         start = found.start - int(whole.storage_offset()) * whole.element_size()
-        return Region(start, found.size, found.stride, found.dtype)
+        return Region(start, found.size, found.stride, found.dtype), loads
 
 
 class UnrepeatableError(Exception):
@@ -229,24 +249,74 @@ class _Running:
     """What a call of a parameter's loader has done so far."""
 
     key: str
-    copies: list[Copy] = field(default_factory=list)
+    loads: Loads
+    copies: list[tuple[Loads, Copy]] = field(default_factory=list)
     constants: list[tuple[str, Region, float]] = field(default_factory=list)
     opaque: list[Region] = field(default_factory=list)
 
 
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info is not None for r in func._schema.returns)
+def _nowhere(args: Any) -> None:
+    """Writes some of its target only, which ones cannot be told."""
+
+
+BY_INDEX: dict[Any, Callable[[Any], Sequence[Tensor | None] | None]] = {
+    aten.index_put_.default: lambda args: args[1] if len(args) < 4 or not args[3] else None,
+    aten.index_copy_.default: lambda args: [*[None] * (args[1] % args[0].ndim), args[2]],
+    aten.index_fill_.int_Scalar: lambda args: [*[None] * (args[1] % args[0].ndim), args[2]],
+    aten.index_fill_.int_Tensor: lambda args: [*[None] * (args[1] % args[0].ndim), args[2]],
+    aten._index_put_impl_.default: _nowhere,
+    aten.index_add_.default: _nowhere,
+    aten.masked_fill_.Scalar: _nowhere,
+    aten.masked_fill_.Tensor: _nowhere,
+    aten.masked_scatter_.default: _nowhere,
+    aten.put_.default: _nowhere,
+    aten.scatter_.src: _nowhere,
+    aten.scatter_.value: _nowhere,
+}
+"""Operations that write the elements which tensors of numbers say, and these from their arguments."""
+
+INDEXED = 1 << 16
+"""How many regions such an operation may write."""
+
+
+def indexed(target: Tensor, indices: Sequence[Tensor | None] | None) -> list[Region] | None:
+    """The regions of ``target[indices]``, each once; None if they cannot be told, or are too many.
+
+    Args:
+        indices: as of `torch.Tensor.index_put_`, one for each dimension from the first: whole numbers, or a mask of
+            as many dimensions as it has; None is all of a dimension.
+    """
+    if indices is None or any(i is not None and i.is_meta for i in indices):
+        return None
+    numbers: list[Tensor | None] = []
+    for index in indices:
+        masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+        numbers += index.nonzero().unbind(1) if index is not None and masks else [index]
+    dims = [dim for dim, index in enumerate(numbers) if index is not None]
+    given = [index.cpu() for index in numbers if index is not None]
+    if not given:
+        return [region_of(target)]
+    chosen = torch.stack([i.reshape(-1) for i in torch.broadcast_tensors(*given)], 1)
+    chosen = torch.unique(chosen % torch.tensor([target.shape[dim] for dim in dims]), dim=0)
+    if len(chosen) > INDEXED:
+        return None
+    found = []
+    for at in chosen.tolist():
+        region = target
+        for dim, i in sorted(zip(dims, at, strict=True), reverse=True):
+            region = region.select(dim, i)
+        found.append(region_of(region))
+    return found
+
+
+@functools.cache
+def _effects(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
+    """Which arguments an operation writes into, by place and name, and whether what it returns is a view."""
+    arguments = enumerate(func._schema.arguments)
+    written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return written, any(r.alias_info is not None for r in func._schema.returns)
 
 
 def _memory(tensor: Tensor) -> int:
     cdata: int = tensor.untyped_storage()._cdata
     return cdata
-
-
-def _targets(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The arguments of an operation that it writes into."""
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Tensor):
-                yield value

@@ -21,7 +21,13 @@ from .model_tensors import model_tensors
 from .plan import QuantPlan
 from .quantizer import output_slices, packed_names
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name on the wire."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(d): d for d in (
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.uint8, torch.int8,
     torch.int32, torch.int64, torch.bool,
 )}  # fmt: skip
@@ -91,7 +97,7 @@ def to_wire(incoming: Iterable[Incoming]) -> list[list[Any]]:
         [
             entry.name,
             list(entry.shape),
-            str(entry.dtype).removeprefix("torch."),
+            dtype_name(entry.dtype),
             [[p.name, p.first, p.count, None if p.rows is None else list(p.rows)] for p in entry.parts],
         ]
         for entry in incoming
@@ -102,14 +108,20 @@ def from_wire(wire: Iterable[Sequence[Any]]) -> list[Incoming]:
     """The inverse of `to_wire`.
 
     Raises:
-        UserError: a dtype that is not known.
+        UserError: dtypes that are not known; lists all tensors that have one.
     """
-    found = []
-    for name, shape, dtype, parts in wire:
-        if dtype not in DTYPES:
-            raise UserError(f"{name} has the dtype {dtype!r}, which this version cannot take")
-        of = tuple(
-            Part(n, first, count, None if rows is None else (rows[0], rows[1])) for n, first, count, rows in parts
+    entries = list(wire)
+    unknown = [f"{name} has the dtype {dtype!r}" for name, _, dtype, _ in entries if dtype not in DTYPES]
+    if unknown:
+        raise UserError(
+            f"this engine's nvfp4-qat cannot take some of the tensors; nothing was changed: {'; '.join(unknown)}. "
+            "Install the trainer's version where the engine runs"
         )
-        found.append(Incoming(name, tuple(shape), DTYPES[dtype], of))
-    return found
+    return [
+        Incoming(name, tuple(shape), DTYPES[dtype], tuple(_part(*part) for part in parts))
+        for name, shape, dtype, parts in entries
+    ]
+
+
+def _part(name: str, first: int, count: int, rows: Sequence[int] | None) -> Part:
+    return Part(name, first, count, None if rows is None else (rows[0], rows[1]))

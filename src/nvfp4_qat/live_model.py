@@ -14,17 +14,31 @@ Deliberately absent: transport, threads, and any engine: what is particular to v
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError, UserError
+from .live_copies import Loads
 from .live_materials import materialized
-from .live_recipe import FLOATS, EngineCode, Group, Incoming, Recipe, same_form, some
+from .live_patch import Patcher
+from .live_quick import Quick
+from .live_recipe import EngineCode, Group, Incoming, Recipe, same_form, some
+from .live_sleep import Kept
+from .live_trial import leaves_as_loaded
 from .live_twin import Change, Twin
+
+
+@dataclass
+class _Parts:
+    """What has come of a tensor that comes in parts: ranges of rows, and the tensor itself if a loader needs it."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    whole: Tensor | None = None
 
 
 class LiveModel:
@@ -41,16 +55,27 @@ class LiveModel:
         self.whole = True
         """Whether all weights are of one version."""
         self._recipe: Recipe | None = None
+        self.quick = Quick(code)
+        """Shorter ways of processing, learned from the first updates."""
+        self._deriving: list[str] = []
+        self.patcher: Patcher | None = None
+        """What changes of single bytes need; None: nothing is remembered for them."""
         self._missing: set[str] | None = None
         self._left: dict[int, set[str]] = {}
         self._filled: dict[str, nn.Parameter] = {}
+        self._parts: dict[str, _Parts] = {}
+        self._kept: Kept | None = None
 
     @property
     def updating(self) -> bool:
         return self._missing is not None
 
-    def begin(self, incoming: Sequence[Incoming]) -> None:
+    def begin(self, incoming: Sequence[Incoming], remember: bool = False) -> None:
         """Start an update; one that was going on is given up.
+
+        Args:
+            incoming: what it will bring.
+            remember: whether memory is to be used for later updates by `change`; see `live_patch`.
 
         Raises:
             MismatchError: with everything that is wrong; the model is as it was.
@@ -61,10 +86,67 @@ class LiveModel:
             self._recipe = None
             recipe = Recipe(self.model, self.code, incoming)
             for group in recipe.groups:
-                group.plain = group.plain or self._leaves_as_loaded(recipe, group)
-            self._recipe = recipe
+                group.plain = group.plain or leaves_as_loaded(recipe, group, self.device)
+            self._recipe, self.quick = recipe, Quick(self.code)
+            self._deriving = [name for name, layer in self.model.named_modules() if self.code.derives(layer)]
+            self.patcher = None
+        if not remember:
+            self.patcher = None
+        elif self.patcher is None:
+            self.patcher = Patcher(self.model, self._recipe, self.quick, self.device)
         self._missing = set(self._recipe.incoming)
         self._left = {id(group): set(group.awaited) for group in self._recipe.groups}
+
+    def begin_changes(self, incoming: Sequence[Incoming]) -> None:
+        """Start an update of which only changes come, by `change`; what it asks for whole comes by `load`.
+
+        Args:
+            incoming: as in the last complete update, which must have been told to remember.
+
+        Raises:
+            UserError: there was none, or it was of other tensors.
+        """
+        if not self.whole or self._recipe is None or self.patcher is None:
+            raise UserError("changes need an engine that has remembered a complete update")
+        if self._recipe.incoming != {entry.name: entry for entry in incoming}:
+            raise UserError("changes need the tensors of the last complete update")
+        self.abandon()
+        self._missing, self._left = set(), {}
+
+    def change(self, changes: Iterable[tuple[str, Tensor, Tensor]]) -> set[str]:
+        """Take changes; once in an update.
+
+        Args:
+            changes: see `live_patch.Patcher.change`.
+
+        Returns:
+            Names of tensors that must come whole before the update can end.
+        """
+        recipe, missing = self._current()
+        if self.patcher is None:
+            raise UserError("changes need an engine that has remembered a complete update")
+        self.whole = False
+        with self._or_abandoned():
+            needed = self.patcher.change(changes)
+        return self._expect(recipe, missing, needed)
+
+    def expect_whole(self, names: Iterable[str]) -> None:
+        """After `change`: other tensors come whole too, since another rank of the engine needs them."""
+        recipe, missing = self._current()
+        self._expect(recipe, missing, set(names))
+
+    def _expect(self, recipe: Recipe, missing: set[str], names: set[str]) -> set[str]:
+        """Await tensors, and all others of their groups, and of the groups that these write into."""
+        needed: set[str] = set()
+        new = list(names)
+        while new:
+            name = new.pop()
+            if name not in needed:
+                needed.add(name)
+                new += [other for group in recipe.groups_of[name] for other in group.awaited]
+        missing |= needed
+        self._left |= {id(g): set(g.awaited) for g in recipe.groups if g.awaited & needed}
+        return needed
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take some of the tensors; their memory may be used again by work that is queued after this.
@@ -76,21 +158,47 @@ class LiveModel:
         """
         recipe, missing = self._current()
         for name, tensor in named:
-            entry = recipe.incoming.get(name)
-            if entry is None:
-                raise MismatchError(f"{name} was not announced when the update began")
-            if name not in missing:
-                raise MismatchError(f"{name} has come before in this update")
+            entry = self._awaited(recipe, missing, name)
             if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
                 raise MismatchError(
                     f"{name} was announced as {entry.dtype} {list(entry.shape)} "
                     f"and is {tensor.dtype} {list(tensor.shape)}"
                 )
-            try:
+            if name in self._parts:
+                raise MismatchError(f"some rows of {name} have come before in this update")
+            with self._or_abandoned():
                 self._take(recipe, name, tensor.to(self.device).contiguous())
-            except BaseException:
-                self.abandon()
-                raise
+            missing.discard(name)
+
+    def load_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Take a part of a tensor that is too large to be sent at once; parts come in any order.
+
+        Args:
+            start: the first row, along the tensor's first dimension.
+            rows: [count, ...], as the tensor from there.
+
+        Raises:
+            As `load`.
+        """
+        recipe, missing = self._current()
+        entry = self._awaited(recipe, missing, name)
+        end = start + (rows.shape[0] if rows.ndim else 0)
+        form = (rows.ndim, tuple(rows.shape[1:]), rows.dtype)
+        if form != (len(entry.shape), entry.shape[1:], entry.dtype) or not 0 <= start < end <= entry.shape[0]:
+            raise MismatchError(
+                f"{name} was announced as {entry.dtype} {list(entry.shape)}; its rows from {start} cannot be "
+                f"{rows.dtype} {list(rows.shape)}"
+            )
+        parts = self._parts.setdefault(name, _Parts())
+        if any(start < b and a < end for a, b in parts.ranges):
+            raise MismatchError(f"some rows of {name} from {start} to {end - 1} have come before in this update")
+        with self._or_abandoned():
+            self._take_rows(recipe, entry, start, rows.to(self.device).contiguous(), parts)
+        parts.ranges.append((start, end))
+        if sum(b - a for a, b in parts.ranges) == entry.shape[0]:
+            del self._parts[name]
+            with self._or_abandoned():
+                self._taken(recipe, name)
             missing.discard(name)
 
     def view(self, name: str, buffer: Tensor, at: int) -> Tensor:
@@ -118,22 +226,49 @@ class LiveModel:
         """
         _, missing = self._current()
         if missing:
-            raise MismatchError(f"{len(missing)} tensors have not come: {some(sorted(missing))}")
-        for name, layer in self.model.named_modules():
-            if self.code.derives(layer):
-                own = {n: materialized(p, self.device) for n, p in layer._parameters.items() if p is not None}
-                with torch.no_grad():
-                    for n, p in own.items():
-                        p.copy_(layer._parameters[n])
-                twin = Twin(layer, own, self.code.ours)
-                with torch.no_grad():
-                    self.code.derive(twin.layer)
-                self._write(self._changes(name, twin))
+            names = [f"{name} (not all of it)" if name in self._parts else name for name in sorted(missing)]
+            raise MismatchError(f"{len(missing)} tensors have not come: {some(names)}")
+        for name in list(self._deriving):
+            changes = self._changes(name, self._derived(self.model.get_submodule(name)))
+            if not changes:
+                self._deriving.remove(name)  # it makes nothing that is weights, whatever these are
+            self._write(changes)
         self._missing, self.whole = None, True
 
     def abandon(self) -> None:
         """Give up an update; what it has written stays."""
-        self._missing, self._filled = None, {}
+        self._missing, self._filled, self._parts = None, {}, {}
+
+    @contextlib.contextmanager
+    def _or_abandoned(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    @staticmethod
+    def _awaited(recipe: Recipe, missing: set[str], name: str) -> Incoming:
+        entry = recipe.incoming.get(name)
+        if entry is None:
+            raise MismatchError(f"{name} was not announced when the update began")
+        if name not in missing:
+            raise MismatchError(f"{name} has come before in this update")
+        return entry
+
+    def keep(self) -> int:
+        """Copy to the host what an update does not bring, before the engine discards the memory of its weights.
+
+        From then on the model is not whole. The next update puts it back before it writes anything, when the engine
+        must have its memory again; it is not looked at before that.
+
+        Returns:
+            Bytes on the host, held until then.
+        """
+        if self._kept is None:  # else the memory has been discarded already
+            self._kept = Kept(self.model, self.code, self.device)
+        self.whole = False
+        return self._kept.nbytes
 
     def _current(self) -> tuple[Recipe, set[str]]:
         if self._recipe is None or self._missing is None:
@@ -141,14 +276,39 @@ class LiveModel:
         return self._recipe, self._missing
 
     def _take(self, recipe: Recipe, name: str, tensor: Tensor) -> None:
-        groups = recipe.groups_of[name]
-        for group in groups:
+        self._make_room(recipe, name)
+        recipe.loads[name].repeat(tensor, self._filled)
+        self._taken(recipe, name)
+
+    def _take_rows(self, recipe: Recipe, entry: Incoming, start: int, rows: Tensor, parts: _Parts) -> None:
+        self._make_room(recipe, entry.name)
+        load = recipe.loads[entry.name]
+        if load.calls:  # a loader wants to see all of the tensor
+            if parts.whole is None:
+                parts.whole = torch.empty(entry.shape, dtype=entry.dtype, device=self.device)
+            parts.whole[start : start + len(rows)] = rows
+            if len(rows) + sum(b - a for a, b in parts.ranges) == entry.shape[0]:
+                load.repeat(parts.whole, self._filled)
+            return
+        if not parts.ranges:
+            Loads(constants=load.constants).repeat(rows, self._filled)
+        row = rows[0].nbytes
+        load.of_bytes(start * row, (start + len(rows)) * row).repeat(rows, self._filled)
+
+    def _make_room(self, recipe: Recipe, name: str) -> None:
+        """Memory for what a tensor is loaded to."""
+        if self._kept is not None:
+            self._kept.restore()
+            self._kept = None
+        for group in recipe.groups_of[name]:
             for key in group.parameters:
                 if key not in self._filled:
                     self._filled[key] = self._destination(recipe, key, group)
         self.whole = False
-        recipe.loads[name].repeat(tensor, self._filled)
-        for group in groups:
+
+    def _taken(self, recipe: Recipe, name: str) -> None:
+        """A tensor has come; layers that have all of theirs are finished."""
+        for group in recipe.groups_of[name]:
             left = self._left[id(group)]
             left.discard(name)
             if not left:
@@ -173,45 +333,48 @@ class LiveModel:
         filled = {key: self._filled.pop(key) for key in group.parameters}
         if group.plain:
             return
-        twins = {name: self._processed(recipe, name, filled) for name in group.layers}
-        for changes in [self._changes(name, twin) for name, twin in twins.items()]:
+        alone = len(group.layers) == 1
+        for changes in [self._prepared(recipe, name, filled, alone) for name in group.layers]:
             self._write(changes)
+        if alone and self.patcher is not None:
+            (name,) = group.layers
+            self.patcher.keep(name, {n: filled[key] for n, key in recipe.own(name).items()})
 
-    def _processed(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter], apart: bool = False) -> Twin:
+    def _prepared(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter], alone: bool) -> list[Change]:
+        """What a layer's processing changes, by its quick way if there is one."""
         own = {n: filled[key] for n, key in recipe.own(name).items()}
-        twin = Twin(self.model.get_submodule(name), own, self.code.ours, apart)
-        if self.code.processes(twin.layer):
-            with torch.no_grad():
-                self.code.process(twin.layer)
-        return twin
+        layer = self.model.get_submodule(name)
+        quick = self.quick.changes(name, layer, own)
+        if quick is not None:
+            return quick
+        twin = Twin(layer, own, self.code)
 
-    def _leaves_as_loaded(self, recipe: Recipe, group: Group) -> bool:
-        """Whether processing changes nothing, tried with random numbers."""
-        for key in group.parameters:
-            layer, name = recipe.layer(key)
-            live = layer._parameters.get(name)
-            if live is None or not same_form(live, recipe.forms[key]):
-                return False
-        filled = {key: _random(materialized(recipe.forms[key], self.device)) for key in group.parameters}
-        before = {key: _marks(p) for key, p in filled.items()}
-        for name in group.layers:
-            try:
-                twin = self._processed(recipe, name, filled, apart=True)
-            except Exception:  # it looks at the numbers
-                return False
-            own = {n: filled[key] for n, key in recipe.own(name).items()}
-            try:
-                changes = twin.changes(self.code.ours)
-            except MismatchError:
-                return False
-            others = [c for c in changes if c.path[0] not in own or c.new is not own[c.path[0]]]
-            if not all(torch.equal(c.live, c.new) for c in others):
-                return False
-        return all(_same(_marks(p), before[key]) for key, p in filled.items())
+        def process() -> list[Change]:
+            twin.process()
+            return self._changes(name, twin)
+
+        def attempt(parameters: Mapping[str, nn.Parameter]) -> list[Change]:
+            other = Twin(layer, parameters, self.code, apart=True)
+            other.process()
+            return other.changes()
+
+        return self.quick.watched(name, layer, twin, own, process, attempt, alone)
+
+    def _derived(self, layer: nn.Module) -> Twin:
+        """A layer that keeps tensors made from other layers' weights, with these made anew."""
+        names = self.code.constructed(layer)
+        live = {n: p for n, p in layer._parameters.items() if p is not None and n in names}
+        own = {n: materialized(p, self.device) for n, p in live.items()}
+        twin = Twin(layer, own, self.code)
+        with torch.no_grad():
+            for n, p in own.items():
+                p.copy_(live[n])
+            self.code.derive(twin.layer)
+        return twin
 
     def _changes(self, name: str, twin: Twin) -> list[Change]:
         try:
-            return twin.changes(self.code.ours)
+            return twin.changes()
         except MismatchError as error:
             self.abandon()
             raise MismatchError(
@@ -223,33 +386,3 @@ class LiveModel:
         with torch.no_grad():
             for change in changes:
                 change.live.data.copy_(change.new)
-
-
-Marks = tuple[Any, ...]
-
-
-def _marks(t: Tensor) -> Marks:
-    """Sums along two directions of a tensor's bytes: what moved within it has other ones."""
-    flat = t.detach().reshape(-1).view(torch.uint8)
-    width = 1 << (max(flat.numel(), 1).bit_length() // 2)
-    square = flat[: flat.numel() // width * width].view(-1, width)
-    sums = square.sum(0, dtype=torch.int64), square.sum(1, dtype=torch.int64)
-    return (*sums, flat[square.numel() :].sum(dtype=torch.int64))
-
-
-def _same(a: Marks, b: Marks) -> bool:
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _random(parameter: nn.Parameter) -> nn.Parameter:
-    """Numbers of all magnitudes; the global random state stays as it is."""
-    g = torch.Generator(parameter.device).manual_seed(0)
-    options: Any = {"generator": g, "device": parameter.device}
-    with torch.no_grad():
-        for part in parameter.view(-1).split(1 << 24):  # without temporaries of the tensor's size
-            if parameter.dtype in FLOATS:
-                powers = torch.rand(part.shape, **options) * 8 - 4
-                part.copy_(torch.randn(part.shape, **options) * 10**powers)
-            else:  # any bytes but those of fp8's NaN
-                part.copy_(torch.randint(127, (part.nbytes,), dtype=torch.uint8, **options).view(part.dtype))
-    return parameter

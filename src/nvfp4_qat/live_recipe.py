@@ -8,7 +8,8 @@ another shape and what comes twice are one error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,12 +26,18 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHOWN = 50
 """Problems that an error lists in full."""
 
+NAMED = 3
+"""Names that are offered instead of an unknown one; and for how many unknown ones."""
+
 
 class EngineCode(Protocol):
     """What a model's engine knows about its layers."""
 
     def checkpoint_form(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """A layer's own parameters as they were before processing, without data (meta), each time new objects."""
+
+    def constructed(self, layer: nn.Module) -> frozenset[str]:
+        """The names of parameters, buffers and plain attributes that a layer had before anything was loaded."""
 
     def processes(self, layer: nn.Module) -> bool:
         """Whether loaded parameters are turned into something else before kernels read them."""
@@ -44,11 +51,26 @@ class EngineCode(Protocol):
     def derive(self, layer: nn.Module) -> None:
         """Make them anew, in place."""
 
+    def elsewhere(self, model: nn.Module, name: str) -> bool:
+        """Whether a checkpoint's tensor is of a layer that this model leaves to another pipeline stage."""
+
+    def kept(self, layer: nn.Module, name: str) -> bool:
+        """Whether an attribute is none of a layer's weights, though processing sets it: an update leaves it alone."""
+
+    def outlives(self, layer: nn.Module, name: str) -> bool:
+        """Whether an attribute is the engine's own to bring back, or to empty, when it has discarded its memory."""
+
     def optional(self, layer: nn.Module, name: str) -> bool:
         """Whether a checkpoint may leave a parameter out."""
 
+    def quicker(self, layer: nn.Module) -> Callable[[Mapping[str, nn.Parameter]], dict[str, Tensor]] | None:
+        """A faster routine for what `process` does: from loaded parameters to the layer's tensors by their names.
+
+        It is proved before it is used (`live_quick`), so it may be tried for layers that it turns out not to be for.
+        """
+
     def ours(self, cls: type) -> bool:
-        """Whether a class is the engine's: its objects are looked into for tensors."""
+        """Whether objects of a class may keep a layer's tensors: they are looked into, and twins get copies of them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,45 @@ class Incoming:
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What went wrong with a tensor; ``unknown``: before any parameter's loader was asked."""
+
+    text: str
+    unknown: bool = False
+
+
+class _Stream:
+    """Tensors without data under the names of their parts, as an engine's model is given them.
+
+    Args:
+        entries: the tensors.
+        recorder: is told of each when its first part is asked for.
+    """
+
+    def __init__(self, entries: Sequence[Incoming], recorder: Recorder) -> None:
+        self._entries, self._recorder = entries, recorder
+        self.loads: dict[str, Loads] = {}
+        self.entry = self.name = entries[0].name if entries else ""
+        self.shape, self._given = tuple[int, ...](), False
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for entry in self._entries:
+            self.entry, self.name, self.shape, self._given = entry.name, entry.name, entry.shape, False
+            whole = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            self.loads[entry.name] = self._recorder.tensor(whole)
+            for part in entry.parts:
+                for name, view in part.of(whole):
+                    self.name, self.shape, self._given = name, tuple(view.shape), True
+                    yield name, view
+
+    def problem(self, error: Exception) -> _Problem:
+        """An error that a loader raised for the tensor that it got last."""
+        text = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0][:200]
+        text = f"{self.name} of shape {list(self.shape)} does not fit ({text})"
+        return _Problem(text, self._given and not self.loads[self.entry].asked)
+
+
 @dataclass(eq=False)
 class Group:
     """Layers that are processed together: one, or those that share a parameter.
@@ -118,7 +179,7 @@ class Recipe:
     """
 
     def __init__(self, model: nn.Module, code: EngineCode, incoming: Sequence[Incoming]) -> None:
-        self._model, self._code = model, code
+        self.model, self.code = model, code
         self.incoming = {entry.name: entry for entry in incoming}
         self.forms: dict[str, nn.Parameter] = {}
         """Parameters before processing, without data, by key: the layer's name and theirs."""
@@ -128,6 +189,8 @@ class Recipe:
         """Of each layer."""
         self.loads: dict[str, Loads] = {}
         """By tensor."""
+        self.elsewhere: set[str] = set()
+        """Tensors for layers that another pipeline stage has."""
         self._find_forms()
         problems = [f"{name} is listed twice" for name in _repeated([entry.name for entry in incoming])]
         problems += [*self._record(), *self._account()]
@@ -145,7 +208,7 @@ class Recipe:
     def layer(self, key: str) -> tuple[nn.Module, str]:
         """The layer that a parameter belongs to, and its name there."""
         module, _, name = key.rpartition(".")
-        return self._model.get_submodule(module), name
+        return self.model.get_submodule(module), name
 
     def own(self, layer: str) -> dict[str, str]:
         """The names of a layer's parameters, and under which key each is found."""
@@ -153,8 +216,8 @@ class Recipe:
 
     def _find_forms(self) -> None:
         first: dict[int, str] = {}
-        for prefix, layer in self._model.named_modules():
-            for name, form in self._code.checkpoint_form(layer).items():
+        for prefix, layer in self.model.named_modules():
+            for name, form in self.code.checkpoint_form(layer).items():
                 key = f"{prefix}.{name}" if prefix else name
                 self.keys.setdefault(prefix, []).append(key)
                 live = layer._parameters.get(name)
@@ -165,35 +228,51 @@ class Recipe:
 
     def _record(self) -> Iterator[str]:
         """Run the loaders; yields what goes wrong."""
-        recorder = Recorder(self.forms)
+        loaders = {key: getattr(form, "weight_loader", _default_loader) for key, form in self.forms.items()}
+        problems = self._run(loaders, [list(self.incoming.values())])
+        if problems:  # what happens to the others is only known if each is loaded for itself
+            problems = self._run(loaders, [[entry] for entry in self.incoming.values()])
+        unknown = 0
+        for name, entry in self.incoming.items():
+            load = self.loads.setdefault(name, Loads())
+            load.copies = merged(load.copies)
+            if not load.asked and self._is_elsewhere(entry):
+                self.elsewhere.add(name)
+            elif load.asked or name in problems and not problems[name].unknown:
+                if name in problems:
+                    yield problems[name].text
+            else:
+                unknown += 1
+                yield f"{name}: the engine has no such weight" + (self._alike(entry) if unknown <= NAMED else "")
+
+    def _is_elsewhere(self, entry: Incoming) -> bool:
+        names = [part.name.format(part.first) for part in entry.parts]
+        return bool(names) and all(self.code.elsewhere(self.model, name) for name in names)
+
+    def _alike(self, entry: Incoming) -> str:
+        """The names in the engine that are most like one that it does not have."""
+        found = difflib.get_close_matches(entry.parts[0].name if entry.parts else entry.name, self.forms, NAMED)
+        return f" (it has {', '.join(found)})" if found else ""
+
+    def _run(self, loaders: Mapping[str, Any], batches: Iterable[Sequence[Incoming]]) -> dict[str, _Problem]:
+        """Load tensors in batches; what goes wrong, by the tensor at which a batch ended."""
+        self.loads = {}
+        recorder, problems = Recorder(self.forms), dict[str, _Problem]()
         form: Any
         for key, form in self.forms.items():
-            form.weight_loader = recorder.loader(key, getattr(form, "weight_loader", _default_loader))
+            form.weight_loader = recorder.loader(key, loaders[key])
         with self._in_checkpoint_form():
-            for name, entry in self.incoming.items():
-                whole = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-                self.loads[name] = load = recorder.tensor(whole)
-                with recorder:
-                    problem = self._load(entry, whole)
-                load.copies = merged(load.copies)
-                if problem is not None:
-                    yield problem
-                elif not load.asked:
-                    yield f"{name}: the model has no place for it"
-
-    def _load(self, entry: Incoming, whole: Tensor) -> str | None:
-        name, shape = entry.name, entry.shape
-        try:
-            for part in entry.parts:
-                for name, view in part.of(whole):
-                    shape = tuple(view.shape)
-                    self._model.load_weights([(name, view)])  # type: ignore[operator]
-        except UnrepeatableError as error:
-            return str(error)
-        except Exception as error:  # whatever an engine's loaders raise for a tensor that does not fit
-            text = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0][:200]
-            return f"{name} of shape {list(shape)} does not fit ({text})"
-        return None
+            for batch in batches:
+                stream = _Stream(batch, recorder)
+                try:
+                    with recorder:
+                        self.model.load_weights(iter(stream))  # type: ignore[operator]
+                except UnrepeatableError as error:
+                    problems[stream.entry] = _Problem(str(error))
+                except Exception as error:  # whatever an engine's loaders raise for a tensor that does not fit
+                    problems[stream.entry] = stream.problem(error)
+                self.loads |= stream.loads
+        return problems
 
     def _account(self) -> Iterator[str]:
         """Yields what is missing and what comes twice."""
@@ -210,7 +289,7 @@ class Recipe:
             if not written:
                 layer, name = self.layer(key)
                 live = layer._parameters.get(name)
-                if not self._code.optional(layer, name):
+                if not self.code.optional(layer, name):
                     yield f"{key}: nothing brings it"
                 elif live is None or not same_form(live, form):
                     yield f"{key}: nothing brings it, and what it was cannot be told from the layer"
@@ -243,8 +322,8 @@ class Recipe:
         return list({id(g): g for g in of.values()}.values())
 
     def _plain(self, name: str, keys: set[str]) -> bool:
-        layer = self._model.get_submodule(name)
-        if self._code.processes(layer):
+        layer = self.model.get_submodule(name)
+        if self.code.processes(layer):
             return False
         live = {key: layer._parameters.get(key.rpartition(".")[2]) for key in self.keys[name]}
         forms = {key: self.forms[self.shared.get(key, key)] for key in live}
@@ -253,10 +332,10 @@ class Recipe:
     @contextlib.contextmanager
     def _in_checkpoint_form(self) -> Iterator[None]:
         """Let the model's layers have the parameters that its loaders expect; afterwards they are as before."""
-        before = [(layer, layer._parameters) for layer in self._model.modules()]
+        before = [(layer, layer._parameters) for layer in self.model.modules()]
         try:
             for name in self.keys:
-                layer = self._model.get_submodule(name)
+                layer = self.model.get_submodule(name)
                 layer._parameters = {n: self.forms[key] for n, key in self.own(name).items()}
             yield
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,56 @@ class Copy:
     source: Region
 
 
+def clipped(copy: Copy, first: int, last: int) -> list[Copy]:
+    """What a copy takes out of some bytes of its source.
+
+    Args:
+        first, last: the bytes from ``first`` to ``last - 1`` of the tensor that is loaded.
+
+    Returns:
+        Copies whose sources count from ``first``.
+
+    Raises:
+        ValueError: an element lies on both sides of a border.
+    """
+    d, s = copy.destination, copy.source
+    item, end = s.dtype.itemsize, s.start + _extent(s)
+    if not s.numel or end <= first or s.start >= last:
+        return []
+    if first <= s.start and end <= last:
+        return [Copy(copy.key, d, replace(s, start=s.start - first))]
+    if not any(s.stride):
+        raise ValueError(f"{s.dtype} values cannot be cut at bytes {first} or {last}")
+    dim = max(range(len(s.size)), key=lambda i: s.stride[i])
+    count, step = s.size[dim], s.stride[dim] * item
+    one = _extent(_narrowed(s, dim, 0, 1))
+    touched = range(max(0, (first - s.start - one) // step + 1), min(count, -((s.start - last) // step)))
+    whole = range(
+        max(touched.start, -((s.start - first) // step)), min(touched.stop, (last - one - s.start) // step + 1)
+    )
+    found = []
+    if whole:
+        found += clipped(Copy(copy.key, *(_narrowed(r, dim, whole.start, len(whole)) for r in (d, s))), first, last)
+    for i in touched:
+        if i not in whole:
+            found += clipped(Copy(copy.key, *(_without(_narrowed(r, dim, i, 1), dim) for r in (d, s))), first, last)
+    return found
+
+
+def _extent(region: Region) -> int:
+    """Bytes from the first element of a region to the end of the last one."""
+    return (1 + sum((n - 1) * s for n, s in zip(region.size, region.stride, strict=True))) * region.dtype.itemsize
+
+
+def _narrowed(r: Region, dim: int, start: int, count: int) -> Region:
+    at = r.start + start * r.stride[dim] * r.dtype.itemsize
+    return replace(r, start=at, size=(*r.size[:dim], count, *r.size[dim + 1 :]))
+
+
+def _without(r: Region, dim: int) -> Region:
+    return replace(r, size=r.size[:dim] + r.size[dim + 1 :], stride=r.stride[:dim] + r.stride[dim + 1 :])
+
+
 def region_of(tensor: Tensor) -> Region:
     """A tensor as a region of its own memory."""
     start = int(tensor.storage_offset()) * tensor.element_size()
@@ -78,12 +128,14 @@ def merged(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _squeezed(copy: Copy) -> Copy:
-    """Without dimensions of size 1, and with those joined that lie one after the other on both sides."""
+    """Without dimensions of size 1, those with the longest steps first, and those joined that then follow each other.
+
+    So a transposed tensor that is copied to a transposed one is copied like any other.
+    """
     d, s = copy.destination, copy.source
     dims: list[list[int]] = []
-    for size, to, of in zip(d.size, d.stride, s.stride, strict=True):
-        if size == 1:
-            continue
+    given = [dim for dim in zip(d.size, d.stride, s.stride, strict=True) if dim[0] != 1]
+    for size, to, of in sorted(given, key=lambda dim: (dim[1] == 0, dim[1], dim[2]), reverse=True):
         if dims and dims[-1][1] == to * size and dims[-1][2] == of * size:
             dims[-1] = [dims[-1][0] * size, to, of]
         else:
@@ -172,3 +224,35 @@ def _runs(region: Region) -> tuple[Any, int]:
     for size, stride in zip(sizes, strides, strict=True):
         at = (at[:, None] + np.arange(size, dtype=np.int64) * (stride * item)).reshape(-1)
     return at, length
+
+
+def moved(copy: Copy, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a copy puts single bytes.
+
+    Args:
+        copy: between equal dtypes.
+        at: int64 ``[n]``, bytes from the source tensor's first.
+
+    Returns:
+        Which of them it takes, bool ``[n]``, and where each of these goes: bytes from the destination's first.
+
+    Raises:
+        ValueError: it converts, or elements of its source lie over one another.
+    """
+    item = copy.source.dtype.itemsize
+    if copy.source.dtype != copy.destination.dtype:
+        raise ValueError(f"it converts {copy.source.dtype} to {copy.destination.dtype}")
+    dims = zip(copy.source.size, copy.source.stride, copy.destination.stride, strict=True)
+    nested = sorted((dim for dim in dims if dim[0] > 1), key=lambda dim: -dim[1])
+    rest = at - copy.source.start
+    taken, to = rest >= 0, torch.full_like(at, copy.destination.start)
+    reach = [sum((size - 1) * stride for size, stride, _ in nested[i + 1 :]) for i in range(len(nested))]
+    for (size, stride, there), inner in zip(nested, reach, strict=True):
+        if stride <= inner:
+            raise ValueError("elements of its source lie over one another")
+        index = torch.div(rest, stride * item, rounding_mode="floor")
+        taken &= index < size
+        to += index * (there * item)
+        rest = rest - index * (stride * item)
+    taken &= rest < item
+    return taken, (to + rest)[taken]

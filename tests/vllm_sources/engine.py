@@ -14,9 +14,8 @@ import torch
 from families import Checkpoint, Family, by_checkpoint_name
 from torch import nn
 
-from nvfp4_qat.live_recipe import EngineCode
+from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.live_vllm import VllmCode
-from nvfp4_qat.live_vllm_forms import Forms, copied, forms_before_processing
 
 CPU = torch.device("cpu")
 
@@ -28,12 +27,15 @@ class Engine:
         folder: for the model's config.
         rank, size: in the tensor-parallel group.
         whole_experts: whether ranks divide the experts among them, instead of each expert.
+        stage: of two in a pipeline; None: there is no pipeline.
     """
 
-    def __init__(self, family: Family, folder: Path, rank: int, size: int, whole_experts: bool) -> None:
+    def __init__(
+        self, family: Family, folder: Path, rank: int, size: int, whole_experts: bool, stage: int | None = None
+    ) -> None:
         from vllm.engine.arg_utils import EngineArgs
 
-        self.family, self.rank, self.size = family, rank, size
+        self.family, self.rank, self.size, self.stage = family, rank, size, stage
         family.transformers_config().save_pretrained(folder)
         arguments = EngineArgs(
             model=str(folder),
@@ -47,6 +49,7 @@ class Engine:
         self.config = arguments.create_engine_config()
         self.config.parallel_config.tensor_parallel_size = size
         self.config.parallel_config.enable_expert_parallel = whole_experts
+        self.config.parallel_config.pipeline_parallel_size = 1 if stage is None else 2
         self._open = contextlib.ExitStack()
 
     @staticmethod
@@ -61,7 +64,7 @@ class Engine:
 
     def __enter__(self) -> Engine:
         from vllm.config import set_current_vllm_config
-        from vllm.distributed.parallel_state import get_ep_group, get_tp_group
+        from vllm.distributed.parallel_state import get_ep_group, get_pp_group, get_tp_group
 
         self._open.enter_context(set_current_vllm_config(self.config))
         self._open.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -69,6 +72,11 @@ class Engine:
         for group in (get_tp_group(), get_ep_group()):
             self._open.callback(_pretend, group, group.rank_in_group, group.world_size)
             _pretend(group, self.rank, self.size)
+        if self.stage is not None:
+            stages = get_pp_group()
+            self._open.callback(vars(stages).update, dict(vars(stages)))
+            _pretend(stages, self.stage, 2)
+            stages.rank, stages.ranks = self.stage, [0, 1]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,34 +93,17 @@ class Engine:
 
     def unloaded(self) -> nn.Module:
         from vllm.model_executor.model_loader.utils import initialize_model
+        from vllm.model_executor.models import utils
 
+        # Remembered by the id of models, which those that are gone leave to others.
+        utils._model_to_pp_missing_layer_names.clear()
         self.config.compilation_config.static_forward_context.clear()
         model: nn.Module = initialize_model(self.config)
         return model
 
-    def code(self, model: nn.Module, forms: str) -> EngineCode:
-        """What a live model is updated with; its layers' forms as vLLM recorded them, or made anew."""
-        if forms == "recorded":
-            return VllmCode(self.config, CPU)
-        return RebuiltForms(self.config, CPU, model, forms_before_processing(model, self.config, CPU))
-
-
-class RebuiltForms(VllmCode):
-    """`VllmCode` that also works where vLLM has recorded nothing."""
-
-    def __init__(self, config: Any, device: torch.device, model: nn.Module, forms: Forms) -> None:
-        super().__init__(config, device)
-        self._forms = {layer: forms[name] for name, layer in model.named_modules() if name in forms}
-
-    def checkpoint_form(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        if self.derives(layer):
-            return {}
-        return {name: copied(form) for name, form in self._forms.get(layer, {}).items()}
-
-    def derives(self, layer: nn.Module) -> bool:
-        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-        return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
+    def live(self, model: nn.Module) -> LiveModel:
+        """What updates a model, as a worker has it."""
+        return LiveModel(model, VllmCode(model, self.config, CPU), CPU)
 
 
 def _pretend(group: Any, rank: int, size: int) -> None:

@@ -218,8 +218,8 @@ builds small random models on a CPU and gives them new weights in place. The byt
 compared with those of a freshly loaded model, and their addresses with those from before. That kernels compute with
 them is not shown here: it takes a GPU.
 
-How a layer looked before processing is taken from what vLLM recorded in tests with `recorded` in their names, and from
-`live_vllm_forms` in those with `rebuilt`. vLLM 0.15.0 records nothing.
+How a layer looked before processing is found by constructing the model once more (`live_vllm_forms`). Where vLLM keeps
+a record of it, the two are compared; 0.15.0 keeps none.
 
 | vLLM | torch | transformers | passed | failed | skipped | date |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from comparing import contents, reachable_tensors
-from engine import CPU, Engine
+from engine import Engine
 from families import some
 
 from nvfp4_qat.errors import MismatchError
-from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.live_recipe import Incoming, Part
 
 Entries = list[Incoming]
@@ -66,11 +65,11 @@ def everything(entries: Entries) -> tuple[Entries, list[str]]:
 
 @pytest.mark.parametrize("family", some("qwen3", "qwen3-moe"))
 @pytest.mark.parametrize("change", [missing, unexpected, misshaped, twice, everything])
-def test_refused_as_one(engine: Engine, forms: str, change: Callable[[Entries], tuple[Entries, list[str]]]) -> None:
+def test_refused_as_one(engine: Engine, change: Callable[[Entries], tuple[Entries, list[str]]]) -> None:
     checkpoint = engine.family.checkpoint(1)
     model = engine.model(checkpoint)
     before = contents(reachable_tensors(model))
-    live = LiveModel(model, engine.code(model, forms), CPU)
+    live = engine.live(model)
     entries = [entry for entry, _ in checkpoint]
     bad, words = change(entries)
     with pytest.raises(MismatchError) as error:
@@ -83,7 +82,7 @@ def test_refused_as_one(engine: Engine, forms: str, change: Callable[[Entries], 
 
 
 @pytest.mark.parametrize("family", some("qwen3-moe"))
-def test_absent_expert_is_named(engine: Engine, forms: str) -> None:
+def test_absent_expert_is_named(engine: Engine) -> None:
     checkpoint = engine.family.checkpoint(1)
     model = engine.model(checkpoint)
     entries = []
@@ -95,4 +94,4 @@ def test_absent_expert_is_named(engine: Engine, forms: str) -> None:
             )
         entries.append(entry)
     with pytest.raises(MismatchError, match=r"layers\.1\..*w2_weight_packed: \d+ of \d+ elements are missing"):
-        LiveModel(model, engine.code(model, forms), CPU).begin(entries)
+        engine.live(model).begin(entries)

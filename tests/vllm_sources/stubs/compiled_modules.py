@@ -80,11 +80,17 @@ def gptq_marlin_repack(
         b_q_weight: int32[size_k / 8, size_n], eight codes along size_k in each.
         perm: empty, where vLLM has this argument.
     """
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
-
     assert (num_bits, is_a_8bit) == (4, False)
     assert perm is None or perm.numel() == 0
     assert b_q_weight.shape == (size_k // 8, size_n)
+    repacked: Tensor = torch.ops.standin.marlin_repack(b_q_weight, size_k, size_n)
+    return repacked
+
+
+def _marlin_repack(b_q_weight: Tensor, size_k: int, size_n: int) -> Tensor:
+    """One operation for PyTorch's dispatcher, as the compiled one is; the code it is made of uses numpy."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
+
     shifts = torch.arange(0, 32, 4)
     codes = ((b_q_weight[:, None, :] >> shifts[None, :, None]) & 15).reshape(size_k, size_n)
     return marlin_weights(codes, size_k, size_n, 4, get_weight_perm(4))
@@ -132,6 +138,10 @@ def install() -> None:
     _library = torch.library.Library("_C", "DEF")
     # Asked for when vLLM's fused activations are imported.
     _library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
+    global _standin
+    _standin = torch.library.Library("standin", "DEF")
+    _standin.define("marlin_repack(Tensor b_q_weight, int size_k, int size_n) -> Tensor")
+    _standin.impl("marlin_repack", _marlin_repack, "CPU")
 
 
 def install_operations() -> None:

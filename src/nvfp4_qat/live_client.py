@@ -1,0 +1,178 @@
+"""`Client`: one engine as the trainer knows it, and the calls of an update to it.
+
+What an engine's workers say is checked here: that they have the extension and speak this version's protocol, that all
+of them are at one version, that they quantize what the plan says, and that none of them reports an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .errors import MismatchError, UserError
+from .live_engines import Engine, InFlight
+from .plan import QuantPlan
+
+EXTENSION = "nvfp4_qat.vllm.LiveWeights"
+
+
+class Client:
+    """An engine, and what its workers said.
+
+    Args:
+        engine: connected; it may be another one behind the same address later on.
+        plan: what it is to quantize.
+
+    Raises:
+        UserError: the engine was not started with the worker extension.
+        MismatchError: another version of this package is there, or it quantizes other layers.
+    """
+
+    def __init__(self, engine: Engine, plan: QuantPlan) -> None:
+        self.engine, self.plan = engine, plan
+        self.workers: list[dict[str, Any]] = []
+        """What each worker said of itself."""
+        self.restarted = False
+        """Whether it was started anew since its last complete update from here."""
+        self._asleep: set[str] = set()
+        self.greet()
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that all workers had when last asked; None: those of the start, or of several versions."""
+        versions = {worker["version"] if worker["whole"] else None for worker in self.workers}
+        return versions.pop() if len(versions) == 1 else None
+
+    @property
+    def newest(self) -> int:
+        """The largest version that a worker ever completed."""
+        return max(worker["version"] or 0 for worker in self.workers)
+
+    def greet(self) -> None:
+        """Get to know the workers, and compare what they really hold in 4 bits with the plan."""
+        from .vllm import PROTOCOL
+
+        try:
+            answers = self.engine.call("nvfp4_hello")
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # in vLLM's words: the method is not there
+            raise self._without_extension(f"{type(error).__name__}: {error}") from error
+        if not answers or not all(isinstance(answer, dict) for answer in answers):
+            raise self._without_extension(f"it answered {str(answers)[:200]}")
+        workers = self._checked("nvfp4_hello", answers)
+        others = sorted({str(worker.get("package")) for worker in workers if worker.get("protocol") != PROTOCOL})
+        if others:
+            raise MismatchError(
+                f"{self.engine.name} has nvfp4-qat {', '.join(others)}, which cannot talk to this version: install the "
+                "same version on both sides"
+            )
+        self._audit(workers)
+        self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
+        self.workers = workers
+
+    def _audit(self, workers: list[dict[str, Any]]) -> None:
+        """Compare what the engine really holds in 4 bits with the plan."""
+        try:
+            self.plan.audit({name for worker in workers for name in worker["quantized"]})
+        except MismatchError as error:
+            raise MismatchError(f"{self.engine.name} (there) and the plan (here) differ; {error}") from None
+
+    def refresh(self) -> None:
+        """Ask for the engine's version; one that was started anew is got to know anew."""
+        try:
+            answers = self.engine.call("nvfp4_status")
+        except (UserError, OSError):
+            raise
+        except Exception:  # a new engine without the extension: the greeting says so
+            answers = []
+        if _instances(a["ok"] for a in answers if isinstance(a, dict) and "ok" in a) != _instances(self.workers):
+            self.greet()
+        else:
+            self._note(self._checked("nvfp4_status", answers))
+
+    def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Call every worker; raise what any of them reports."""
+        return self._checked(method, self.engine.call(method, *arguments))
+
+    def begin(
+        self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: int | None = None
+    ) -> None:
+        """Announce an update; the engine goes on answering with what it has."""
+        self.call("nvfp4_begin", update, version, wire, remember, base)
+
+    def has(self, version: int | None) -> bool:
+        """Whether the engine has just this version, and remembers what changes since it need."""
+        return version is not None and self.version == version and all(w.get("remembers") for w in self.workers)
+
+    def change(self, update: str) -> list[str]:
+        """Have the changes made that were sent; names of tensors that must be sent whole."""
+        needed = sorted({name for answer in self.call("nvfp4_change", update) for name in answer["needed"]})
+        if needed:
+            self.call("nvfp4_expect_whole", update, needed)
+        return needed
+
+    def pause(self, in_flight: InFlight) -> None:
+        """Have the engine answer nothing."""
+        self.engine.pause(in_flight)
+
+    def commit(self, update: str, version: int) -> None:
+        """Complete an update, and only if every worker has all of it let the engine go on."""
+        self._note(self.call("nvfp4_commit", update))
+        if self.version != version:
+            raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
+        self.engine.reset_cache()
+        self.engine.resume()
+        self.restarted = False
+
+    def abandon(self, update: str) -> None:
+        """Let the workers free what belongs to an update, if they can be reached."""
+        with contextlib.suppress(Exception):
+            self._note(self.call("nvfp4_abandon", update))
+
+    def sleep(self, level: int) -> None:
+        """Free the engine's GPU memory; at level 2 its weights are gone."""
+        if level == 2:
+            self._note(self.call("nvfp4_lost"))
+        self.engine.sleep(level)
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Give the engine its memory again; with the last of it the scheduler goes on, so its weights must be whole."""
+        self.refresh()
+        left = set() if tags is None else self._asleep - set(tags)
+        if not left and not all(worker["whole"] for worker in self.workers):
+            raise UserError(
+                f"{self.engine.name} would go on with incomplete weights: call wake_up(['weights']) and sync first, "
+                "and only then wake up the rest"
+            )
+        self.engine.wake_up(tags)
+        self._asleep = left
+
+    def _note(self, answers: list[dict[str, Any]]) -> None:
+        status = {answer["instance"]: answer for answer in answers}
+        for worker in self.workers:
+            worker.update(status.get(worker["instance"], {}))
+
+    def _checked(self, method: str, answers: list[Any]) -> list[dict[str, Any]]:
+        errors: dict[str, None] = {}
+        for answer in answers:
+            if not isinstance(answer, dict) or not ({"ok", "error"} & answer.keys()):
+                errors[f"{method} was answered with {str(answer)[:200]}"] = None
+            elif "error" in answer:
+                errors[f"{answer['error']} ({answer.get('kind')})"] = None
+        if errors:
+            raise MismatchError("; ".join(errors))
+        return [answer["ok"] for answer in answers]
+
+    def _without_extension(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.engine.name} does not take live weights ({reason}): start vLLM with "
+            f'worker_extension_cls="{EXTENSION}" (vllm serve --worker-extension-cls {EXTENSION}), and install '
+            "nvfp4-qat where its workers run"
+        )
+
+
+def _instances(workers: Iterable[dict[str, Any]]) -> set[str]:
+    return {worker["instance"] for worker in workers}

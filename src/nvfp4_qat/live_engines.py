@@ -1,0 +1,119 @@
+"""Engines as a trainer sees them: a way to call the workers, and control of the scheduler.
+
+`LocalEngine` drives a `vllm.LLM` that this program made; `live_http.HttpEngine` drives a server. What is said to the
+workers and in which order is `live_client`'s matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from .errors import MismatchError
+
+InFlight = Literal["abort", "keep"]
+"""What becomes of requests that are being answered when an update comes."""
+
+ATTEMPTS = 20
+"""How often the prefix cache is asked to be reset; it may have to wait for blocks that are being moved."""
+
+
+class Engine(Protocol):
+    """An engine that takes weights."""
+
+    name: str
+    """In messages."""
+
+    by_reference: bool
+    """Whether tensors may be arguments of calls to workers of this process."""
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `vllm.LiveWeights` on every worker.
+
+        Returns:
+            Each worker's answer.
+
+        Raises:
+            OSError: the engine cannot be reached or does not answer.
+            UserError: it is set up in a way in which workers cannot be called.
+        """
+
+    def pause(self, in_flight: InFlight) -> None:
+        """Answer nothing from now on; requests that come are queued.
+
+        Args:
+            in_flight: "abort" ends requests that are being answered; "keep" lets them wait with the others.
+        """
+
+    def reset_cache(self) -> None:
+        """Forget what was computed with the weights of before; kept requests compute their context anew.
+
+        Raises:
+            MismatchError: the engine did not do it.
+        """
+
+    def resume(self) -> None:
+        """Go on answering."""
+
+    def sleep(self, level: int) -> None:
+        """Free the GPU's memory: level 1 keeps the weights in CPU memory, level 2 drops them."""
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take memory again: "weights", "kv_cache" or, with None, all of it."""
+
+    def address(self) -> str:
+        """This machine's address, as the engine's workers reach it."""
+
+
+class LocalEngine:
+    """A `vllm.LLM`, with its workers in this process or in processes of its own.
+
+    Args:
+        llm: made with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``.
+        name: in messages.
+    """
+
+    by_reference = True
+
+    def __init__(self, llm: Any, name: str = "the engine") -> None:
+        self._llm, self.name = llm, name
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        # Without vLLM's timeout: after it, later calls would get the answers to earlier ones (vLLM 0.24).
+        found: list[Any] = self._llm.collective_rpc(method, args=arguments)
+        return found
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._llm.sleep(level=0, mode=in_flight)
+
+    def reset_cache(self) -> None:
+        until_reset(lambda: bool(self._llm.reset_prefix_cache(reset_running_requests=True)))
+
+    def resume(self) -> None:
+        self._llm.wake_up(tags=["scheduling"])
+
+    def sleep(self, level: int) -> None:
+        self._llm.sleep(level=level, mode="abort")
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        self._llm.wake_up(tags=None if tags is None else list(tags))
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+
+def until_reset(reset: Any) -> None:
+    """Try to reset a prefix cache, a few times; blocks may be held a moment longer.
+
+    Raises:
+        MismatchError: it was refused every time.
+    """
+    for attempt in range(ATTEMPTS):
+        if reset():
+            return
+        time.sleep(0.01 * attempt)
+    raise MismatchError(
+        "the engine did not reset its prefix cache, which holds results of the old weights: blocks are still in use, "
+        "as by a transfer of KV blocks; end that and sync again"
+    )

@@ -1,0 +1,108 @@
+"""`HttpEngine`: a ``vllm serve`` driven by its development endpoints. Only control messages go this way, no tensors.
+
+Endpoints and forms are those of vLLM 0.24 and 0.26 (``vllm/entrypoints/serve/dev``): ``POST /collective_rpc`` with
+``{"method", "args"}`` answers ``{"results": [...]}``; ``/pause?mode=``, ``/reset_prefix_cache?…``,
+``/sleep?level=&mode=`` and ``/wake_up?tags=`` take query parameters.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from .errors import MismatchError, UserError
+from .live_engines import InFlight, until_reset
+
+
+class HttpEngine:
+    """A server of vLLM, started with ``VLLM_SERVER_DEV_MODE=1`` and the worker extension.
+
+    Whoever reaches these endpoints controls the server: leave them open to the trainer only.
+
+    Args:
+        url: of the server, ``http://host:port``.
+        timeout: seconds that a request may take.
+        headers: to send with each, for a proxy that asks for them.
+
+    Raises:
+        UserError: not such a URL.
+    """
+
+    by_reference = False
+
+    def __init__(self, url: str, timeout: float = 300.0, headers: Mapping[str, str] | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"{url!r} is not the URL of a server: it should look like http://127.0.0.1:8000")
+        self.name = url.rstrip("/")
+        self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        self._path, self._secure = parts.path.rstrip("/"), parts.scheme == "https"
+        self._timeout, self._headers = timeout, dict(headers or {})
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        answer = self._post("/collective_rpc", {"method": method, "args": list(arguments)})
+        if not isinstance(answer, dict) or not isinstance(answer.get("results"), list):
+            raise UserError(f"{self.name} answered {method} with {str(answer)[:200]!r}: it is not a vLLM server")
+        return list(answer["results"])
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._post(f"/pause?{urlencode({'mode': in_flight})}")
+
+    def reset_cache(self) -> None:
+        until_reset(self._reset)
+
+    def _reset(self) -> bool:
+        answer = self._post("/reset_prefix_cache?reset_running_requests=true")
+        return not isinstance(answer, dict) or bool(answer.get("success", True))  # 0.24 does not say
+
+    def resume(self) -> None:
+        self.wake_up(["scheduling"])  # unlike /resume this leaves an engine paused of which some memory still sleeps
+
+    def sleep(self, level: int) -> None:
+        self._post(f"/sleep?{urlencode({'level': level, 'mode': 'abort'})}")
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        self._post(f"/wake_up?{urlencode([('tags', tag) for tag in tags or ()])}".rstrip("?"))
+
+    def address(self) -> str:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((self._host, self._port))
+            return str(probe.getsockname()[0])
+
+    def _post(self, path: str, body: Any = None) -> Any:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout)
+        headers = {"Content-Type": "application/json", **self._headers}
+        try:
+            connection.request("POST", self._path + path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            status, text = response.status, response.read().decode(errors="replace")
+        except TimeoutError:
+            raise TimeoutError(f"{self.name} did not answer {_endpoint(path)} within {self._timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise ConnectionError(f"{self.name} cannot be reached ({reason}): is `vllm serve` up there?") from None
+        finally:
+            connection.close()
+        if status == 404:
+            raise UserError(
+                f"{self.name} has no {_endpoint(path)}: start `vllm serve` with VLLM_SERVER_DEV_MODE=1 in its "
+                "environment"
+            )
+        said = f"{self.name} answered {_endpoint(path)}"
+        if status != 200:
+            raise MismatchError(f"{said} with status {status}: {text[:500]}")
+        try:
+            return json.loads(text) if text else None
+        except json.JSONDecodeError:
+            raise UserError(
+                f"{self.name} answered {_endpoint(path)} with {text[:200]!r}: is it a vLLM server?"
+            ) from None
+
+
+def _endpoint(path: str) -> str:
+    return path.partition("?")[0]

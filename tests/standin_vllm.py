@@ -1,0 +1,236 @@
+"""An engine in the way of vLLM around `standin_engine.Model`: requests, scheduler, workers, and `LLM` to drive them.
+
+`Core` has a thread of its own in which steps of requests and calls take turns, as in vLLM's EngineCore. A request takes
+several steps. Each tells, for all workers, a digest of everything that a captured graph reads, and of what was there
+when the request's context was computed, which may come out of the prefix cache: an answer from a mixture of weights, or
+from a cache that should have been reset, shows. Requests that come while the scheduler is paused wait.
+
+`LLM` takes the calls that `vllm.LLM` takes. With ``separate`` what goes to workers must be JSON, like what vLLM sends
+to another process without pickled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import queue
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+
+import torch
+from standin_engine import Graph, Model, StandinCode, start
+from standin_layers import ALONE, EXPERTS, Experts, Place
+
+from nvfp4_qat.vllm import LiveWeights
+
+STEPS = 4
+"""Of a request."""
+
+
+def digest(operands):
+    """All bytes of a model's operands, in few."""
+    found = hashlib.sha1()
+    for name in sorted(operands):
+        found.update(operands[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def places(tp):
+    return [Place(rank, tp) for rank in range(tp)] if tp > 1 else [ALONE]
+
+
+def digests(weights, tp=1):
+    """What an engine's steps tell when it was started with some weights."""
+    found = []
+    for place in places(tp):
+        model = Model(place)
+        start(model, weights)
+        found.append(digest(model.operands()))
+    return found
+
+
+class Code(StandinCode):
+    def quantized(self, model):
+        found = []
+        for name, layer in model.named_modules():
+            if not any(parameter.endswith("weight_packed") for parameter in self.checkpoint_form(layer)):
+                continue
+            parts = ("gate_proj", "up_proj", "down_proj") if isinstance(layer, Experts) else ()
+            found += [f"{name}.{e}.{part}" for e in range(EXPERTS) for part in parts] or [name]
+        return found
+
+
+class Bare:
+    """A worker without the extension."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, weights, place=ALONE, device="cpu"):
+        self.rank, model = place.tp_rank, Model(place)
+        self.device = torch.device(device)
+        self.code = start(model, weights)
+        self.code.__class__ = Code
+        self.graph = Graph(model)
+        self.model_runner = SimpleNamespace(get_model=lambda: model)
+
+    def digest(self):
+        return digest(self.graph.operands)
+
+    def sleep(self, level):
+        if level == 2:  # vLLM saves buffers
+            buffers = {b.data_ptr() for b in self.model_runner.get_model().buffers()}
+            for tensor in self.graph.operands.values():
+                if tensor.data_ptr() not in buffers:
+                    tensor.zero_()
+
+
+class Worker(Bare, LiveWeights):
+    def _nvfp4_code(self, model, device):
+        return self.code
+
+
+class Request:
+    def __init__(self, prompt):
+        self.prompt, self.answer, self.context, self.steps = prompt, Future(), None, []
+
+
+class Core:
+    def __init__(self, workers):
+        self.workers, self.paused, self.asleep, self.cache = workers, False, set(), {}
+        self.waiting, self.running = [], []
+        self.refused_resets = 0
+        self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def do(self, function, *arguments):
+        """Call something between steps."""
+        answer = Future()
+        self._calls.put((answer, function, arguments))
+        return answer.result()
+
+    def stop(self):
+        self._calls.put(None)
+        self._thread.join()
+
+    def add(self, prompt):
+        """A request's future answer: its steps, or "aborted"."""
+        request = Request(prompt)
+        self.do(lambda: self.waiting.append(request))
+        return request.answer
+
+    def rpc(self, method, args):
+        for worker in self.workers:
+            if not hasattr(worker, method):
+                raise NotImplementedError(f"Method {method!r} is not implemented.")
+        return list(self._pool.map(lambda worker: getattr(worker, method)(*args), self.workers))
+
+    def pause(self, mode, clear_cache):
+        if mode not in ("abort", "keep"):
+            raise ValueError(f"Invalid pause mode: {mode}")
+        if mode == "abort":
+            for request in self.running + self.waiting:
+                request.answer.set_result("aborted")
+            self.running, self.waiting = [], []
+        self.paused = True
+        if clear_cache:
+            self.reset(True)
+
+    def reset(self, running):
+        if running:
+            for request in self.running:
+                request.context = None
+            self.waiting, self.running = self.running + self.waiting, []
+        if self.running or self.refused_resets:
+            self.refused_resets -= bool(self.refused_resets)
+            return False
+        self.cache.clear()
+        return True
+
+    def sleep(self, level, mode):
+        self.pause(mode, level >= 1)
+        if level >= 1:
+            self.asleep = {"weights", "kv_cache"}
+            for worker in self.workers:
+                worker.sleep(level)
+
+    def wake_up(self, tags):
+        self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
+        if not self.asleep:
+            self.paused = False
+
+    def _loop(self):
+        while True:
+            idle = self.paused or not (self.waiting or self.running)
+            try:
+                call = self._calls.get(timeout=None if idle else 0.001)
+            except queue.Empty:
+                self._step()
+                continue
+            if call is None:
+                return
+            answer, function, arguments = call
+            try:
+                answer.set_result(function(*arguments))
+            except Exception as error:
+                answer.set_exception(error)
+
+    def _step(self):
+        assert not self.asleep
+        self.running, self.waiting = self.running + self.waiting, []
+        now = [worker.digest() for worker in self.workers]
+        for request in list(self.running):
+            if request.context is None:
+                request.context = self.cache.setdefault(request.prompt, now)
+            request.steps.append([request.context, now])
+            if len(request.steps) == STEPS:
+                self.running.remove(request)
+                request.answer.set_result(request.steps)
+
+
+class LLM:
+    def __init__(self, weights, tp=1, worker=Worker, separate=False):
+        self.core = Core([worker(weights, place) for place in places(tp)])
+        self._separate = separate
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        assert timeout is None and not kwargs
+        if self._separate:
+            args = json.loads(json.dumps(args))
+        return self.core.do(self.core.rpc, method, args)
+
+    def sleep(self, level=1, mode="abort"):
+        self.core.do(self.core.sleep, level, mode)
+
+    def wake_up(self, tags=None):
+        self.core.do(self.core.wake_up, tags)
+
+    def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
+        return self.core.do(self.core.reset, reset_running_requests)
+
+    def generate(self, prompts):
+        return [answer.result(20) for answer in [self.core.add(prompt) for prompt in prompts]]
+
+
+def whole(steps, versions):
+    """The versions that a request's steps were computed with; fails where it was a mixture.
+
+    Args:
+        steps: as `Core` answers.
+        versions: `digests` by version.
+    """
+    of = {tuple(d): version for version, d in versions.items()}
+    for context, now in steps:
+        assert tuple(now) in of, "a step was computed with weights of several versions"
+        assert context == now, "a step was computed with the context of other weights"
+    return [of[tuple(now)] for _, now in steps]
+
+
+@functools.cache
+def of_seed(seed, tp=1):
+    """`digests` of the stand-in trainer's weights."""
+    from standin_trainer import packed
+
+    return digests(packed(seed), tp)

@@ -1,0 +1,135 @@
+"""Changes of single bytes give what a fresh model has; what cannot be changed like that is asked for whole."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers_live import Up, bits
+from standin_engine import Model, announced, checkpoint
+from standin_layers import ALONE, Place
+
+from nvfp4_qat.errors import UserError
+from nvfp4_qat.live_changes import Layout, Snapshot
+
+
+def moved(weights, fraction, seed, kinds=("weight_packed", "weight_scale", "weight", "bias")):
+    """Some bytes of some kinds of tensors are others; scales stay positive numbers."""
+    g = torch.Generator().manual_seed(seed)
+    new = {}
+    for name, t in weights.items():
+        data = t.clone().contiguous().view(-1).view(torch.uint8)
+        if name.rpartition(".")[2] in kinds:
+            chosen = torch.rand(data.shape, generator=g) < fraction
+            flip = (
+                1 if not name.endswith("packed") else torch.randint(1, 256, data.shape, generator=g, dtype=torch.uint8)
+            )
+            data = torch.where(chosen, data ^ flip, data)
+        new[name] = data.view(t.dtype).view(t.shape)
+    return new
+
+
+class Sync:
+    """An engine that has remembered updates, and what it was sent last."""
+
+    def __init__(self, place=ALONE, fused=False):
+        self.engine = Up(lambda: Model(place), checkpoint(0))
+        self.fused = fused
+        for seed in (1, 2, 3):
+            self.full(checkpoint(seed))
+
+    def full(self, weights):
+        live = self.engine.live
+        live.begin(announced(weights), remember=True)
+        live.load(weights.items())
+        live.commit()
+        self.layout = Layout(announced(weights))
+        self.snapshot = Snapshot(self.layout, torch.device("cpu"))
+        for name, t in weights.items():
+            self.snapshot.keep(name, t)
+
+    def changed(self, weights):
+        """Names of the tensors that were sent whole."""
+        live = self.engine.live
+        changes = []
+        for piece in self.snapshot.changes(weights.items()):
+            at, flips = piece.places()
+            changes += [(n, at[chosen] - start, flips[chosen]) for n, chosen, start in self.layout.split(at)]
+        live.begin_changes(announced(weights))
+        needed = sorted(live.change(changes))
+        random.Random(0).shuffle(needed)
+        live.load((name, self.snapshot.view(name)) for name in needed)
+        live.commit()
+        self.engine.check(weights)
+        return needed
+
+
+@pytest.mark.parametrize("place", [ALONE, Place(0, 2), Place(1, 2), Place(0, 1, 1, 2)], ids=str)
+def test_changed_bytes_give_what_a_fresh_model_has(place):
+    sync = Sync(place)
+    weights = checkpoint(3)
+    for seed, fraction in enumerate((0.0, 0.001, 0.05, 0.5)):
+        weights = moved(weights, fraction, seed)
+        needed = sync.changed(weights)
+        assert all(".experts." in name for name in needed)  # whose processing here uses a table that may change
+        assert not needed or fraction > 0
+    assert sync.engine.live.patcher.nbytes > 0
+    sync.full(checkpoint(7))
+    sync.engine.check(checkpoint(7))
+    assert all(".experts." in name for name in sync.changed(moved(checkpoint(7), 0.01, 9)))
+
+
+@pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_global_scale", "weight", "bias"])
+def test_changes_of_one_kind(kind):
+    sync = Sync()
+    weights = checkpoint(3)
+    if kind == "weight_global_scale":
+        weights = {n: t * 2 if n.endswith(kind) else t for n, t in weights.items()}
+    else:
+        weights = moved(weights, 0.1, 5, (kind,))
+    sync.changed(weights)
+
+
+def test_an_engine_that_remembers_nothing_takes_no_changes():
+    engine = Up(Model, checkpoint(0))
+    with pytest.raises(UserError, match="has remembered a complete update"):
+        engine.live.begin_changes(announced(checkpoint(1)))
+    engine.update(checkpoint(1))
+    with pytest.raises(UserError, match="has remembered a complete update"):
+        engine.live.begin_changes(announced(checkpoint(1)))
+    sync = Sync()
+    fewer = dict(list(checkpoint(1).items())[1:])
+    with pytest.raises(UserError, match="the tensors of the last complete update"):
+        sync.engine.live.begin_changes(announced(fewer))
+
+
+def test_an_update_of_changes_that_breaks_off_is_healed_by_a_full_one():
+    sync = Sync()
+    live, new = sync.engine.live, moved(checkpoint(3), 0.1, 1)
+    name = next(n for n in new if n.endswith("o_proj.weight_packed"))
+    at = (bits_of(new[name]) ^ bits_of(checkpoint(3)[name])).nonzero()[:, 0]
+    live.begin_changes(announced(new))
+    live.change([(name, at, (bits_of(new[name]) ^ bits_of(checkpoint(3)[name]))[at])])
+    assert not live.whole
+    live.abandon()
+    with pytest.raises(UserError, match="has remembered a complete update"):
+        live.begin_changes(announced(new))
+    sync.full(new)
+    sync.engine.check(new)
+
+
+def bits_of(t):
+    return torch.tensor(bits(t), dtype=torch.uint8)
+
+
+def test_what_is_sent_whole_brings_all_layers_that_it_writes_into():
+    live = Sync().engine.live
+    live.begin_changes(announced(checkpoint(3)))
+    recipe = live._recipe
+    first, second = (recipe.groups_of[f"layers.{i}.o_proj.weight_packed"][0] for i in range(2))
+    recipe.groups_of["layers.0.o_proj.weight_packed"] = [first, second]  # one tensor for two layers
+    second.awaited.add("layers.0.o_proj.weight_packed")
+    live.expect_whole(["layers.0.o_proj.weight_scale"])
+    assert live._missing == first.awaited | second.awaited
+    assert "layers.1.o_proj.weight_scale" in live._missing
