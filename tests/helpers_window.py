@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import statistics
 import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -375,13 +376,16 @@ def holds_no_copy_after_reshard(
         model = build()
         sharded = sharding(model, unit) if quantize else sharding.wrap(model, unit)
         forward(sharded).backward()  # what is allocated once
+        samples = []
         with quantized_tensors() if quantize else contextlib.nullcontext() as alive:
-            bytes_held, loss = net_bytes(lambda: forward(sharded))  # noqa: B023
-            held.append(bytes_held)
-            assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after forward"
-            loss.backward()
-            del loss
-            assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after backward"
+            for _ in range(5):  # now and then a thread of the backend is the one that frees, which does not count
+                bytes_held, loss = net_bytes(lambda: forward(sharded))  # noqa: B023
+                samples.append(bytes_held)
+                assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after forward"
+                loss.backward()
+                del loss
+                assert alive is None or alive() == 0, f"{alive()} bytes of 4-bit weights not freed after backward"
+        held.append(int(statistics.median(samples)))
     each = 64 if DEVICE == "cpu" else 1024  # bytes: a generation number, an amax, a global scale; CUDA rounds up to 512
     slack = each * len(nq.qat_plan(sharded).quantized)
     assert held[1] - held[0] <= slack, f"{held[1] - held[0]} bytes more held after forward than without QAT"
