@@ -14,6 +14,9 @@ With ``direct``, vLLM's own ``reload_weights`` gets the same tensors in the same
 experts one by one), and afterwards every tensor of the model is compared with what `Rollout.sync` made of them.
 The first sync, which finds out where everything goes, and the second, which proves quicker ways of processing, are not
 in the median; they are reported beside it.
+
+With ``--changes`` every weight then takes steps of AdamW with random gradients, and only what changed is sent; a row of
+its own says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from nvfp4_qat.rollout import Rollout
 from nvfp4_qat.shipped_configs import shipped, shipped_config
 
 TRANSPORTS = ("direct", "shared")
+MASTERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -52,15 +56,15 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def random_model(name: str, layers: int | None) -> Any:
-    """A bf16 model on the GPU, with a shipped configuration."""
+def random_model(name: str, layers: int | None, masters: str) -> Any:
+    """A model on the GPU, with a shipped configuration."""
     from transformers import AutoModelForCausalLM
 
     config = shipped_config(name)
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config, dtype=MASTERS[masters])
 
 
 def profiled(run: Callable[[], Any], lines: int) -> None:
@@ -94,18 +98,28 @@ def profiled(run: Callable[[], Any], lines: int) -> None:
     pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(lines)
 
 
-def measure(model: str, layers: int | None, transport: str, repeats: int, profile: int | None) -> Row:
+def adamw_step(model: torch.nn.Module, lr: float, seed: int) -> None:
+    """A first step of AdamW with random gradients, parameter by parameter, so that its state needs little memory."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+        torch.optim.AdamW([p], lr=lr, weight_decay=0.0).step()
+        p.grad = None
+
+
+def measure(args: argparse.Namespace, transport: str) -> list[Row]:
     from vllm import LLM, SamplingParams
 
-    trainer = random_model(model, layers)
+    trainer = random_model(args.model, args.layers, args.masters)
     plan = nq.apply_qat(trainer, nq.QATConfig(enable=True))
     nq.refresh(trainer)
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder, model)
+        directory = Path(folder, args.model)
         write_config(directory, trainer, plan)
         llm = LLM(
             str(directory), load_format="dummy", skip_tokenizer_init=True, worker_extension_cls=EXTENSION, seed=0,
             max_model_len=512, max_num_seqs=32, gpu_memory_utilization=0.3, kv_cache_memory_bytes=4 << 30,
+            dtype="bfloat16",
         )  # fmt: skip
     rollout = Rollout.connect(llm, plan)
     prompts = [{"prompt_token_ids": [1, 2, 3, 4]}] * 4
@@ -117,23 +131,69 @@ def measure(model: str, layers: int | None, transport: str, repeats: int, profil
     before = works()
     first, report = timed(lambda: rollout.sync(trainer))
     second, _ = timed(lambda: rollout.sync(trainer))  # done both ways: see `live_quick`
+    packing, _ = timed(lambda: nq.refresh(trainer))
     samples, extra = [], []
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         seconds, report = timed(lambda: rollout.sync(trainer))
         samples.append(seconds)
         extra.append(report.extra_bytes)
-    if profile is not None:
-        profiled(lambda: rollout.sync(trainer), profile)
+    if args.profile is not None:
+        profiled(lambda: rollout.sync(trainer), args.profile)
     after = works()
+    common: Row = {
+        "benchmark": "rollout", "model": args.model, "layers": trainer.config.num_hidden_layers,
+        "masters": args.masters, "transport": transport, "tensors": report.tensors,
+    }  # fmt: skip
     row: Row = {
-        "benchmark": "rollout", "model": model, "layers": trainer.config.num_hidden_layers, "transport": transport,
-        "tensors": report.tensors, "bytes": report.bytes, "first_seconds": round(first, 3),
-        "second_seconds": round(second, 3), **summary("seconds", samples, 4), "extra_bytes": max(extra),
+        **common, "method": "everything", "bytes": report.bytes, "first_seconds": round(first, 3),
+        "second_seconds": round(second, 3), "packing_seconds": round(packing, 4),
+        **summary("seconds", samples, 4), "extra_bytes": max(extra),
         "check": "ok" if before != after else "the weights did not change what is generated",
     }  # fmt: skip
-    if transport == "direct":
-        row |= reload(llm, trainer, repeats)
-    return row
+    if transport == "direct" and args.reload:
+        row |= reload(llm, trainer, args.repeats)
+    return [row, *([common | changes(llm, plan, trainer, args)] if args.changes else [])]
+
+
+def changes(llm: Any, plan: nq.QuantPlan, trainer: Any, args: argparse.Namespace) -> Row:
+    """Steps of training, of which only what they changed is sent."""
+    rollout = Rollout.connect(llm, plan, changes=True)
+    remembering, whole = timed(lambda: rollout.sync(trainer))
+    reports, samples = [], []
+    for step in range(args.repeats + 1):  # the first finds out where kernels have codes
+        adamw_step(trainer, args.changes, step)
+        seconds, report = timed(lambda: rollout.sync(trainer))
+        samples.append(seconds)
+        reports.append(report)
+    if args.profile is not None:
+        adamw_step(trainer, args.changes, 1000)
+        profiled(lambda: rollout.sync(trainer), args.profile)
+    full = Rollout.connect(llm, plan)
+    before = llm.collective_rpc(_sums)
+    full.sync(trainer)
+    same = before == llm.collective_rpc(_sums)
+    return {
+        "method": "changes", "learning_rate": args.changes, "bytes": reports[-1].bytes, "whole_bytes": whole.bytes,
+        "fraction_bytes": max(r.bytes for r in reports[1:]) / whole.bytes,
+        "fraction_changed": reports[-1].fraction_changed, "remembering_seconds": round(remembering, 3),
+        "first_seconds": round(samples[0], 3), **summary("seconds", samples[1:], 4),
+        "extra_bytes": max(r.extra_bytes for r in reports[1:]),
+        "remembered_bytes": max(w["ok"]["remembered_bytes"] for w in llm.collective_rpc("nvfp4_status")),
+        "check": "ok" if same else "a complete sync gives other tensors",
+    }  # fmt: skip
+
+
+def _sums(worker: Any) -> dict[str, int]:
+    """A sum over the bytes of each parameter and buffer of a model, in which places count."""
+    sums = {}
+    for name, t in _tensors(worker, "cuda").items():
+        data = t.contiguous().view(-1).view(torch.uint8)
+        total = 0
+        for i, part in enumerate(data.split(1 << 26)):
+            places = torch.arange(len(part), device=part.device) * 2654435761 % 1000003
+            total += (i + 1) * int((part * places).sum())
+        sums[name] = total
+    return sums
 
 
 def reload(llm: Any, trainer: Any, repeats: int) -> Row:
@@ -153,11 +213,11 @@ def reload(llm: Any, trainer: Any, repeats: int) -> Row:
     return {**summary("reload_seconds", samples, 4), "reload_tensors_that_differ": different[:20]}
 
 
-def _tensors(worker: Any) -> dict[str, torch.Tensor]:
-    """Copies of a model's parameters and buffers on the CPU."""
+def _tensors(worker: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """A model's parameters and buffers, on the CPU copies of them."""
     model = worker.model_runner.get_model()
     named = (*model.named_parameters(), *model.named_buffers())
-    return {name: t.detach().cpu() for name, t in named}
+    return {name: t.detach().to(device) for name, t in named}
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -174,6 +234,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="syncs that are timed")
     parser.add_argument("--out", type=Path, default=RESULTS / "rollout.jsonl", help="file the rows are appended to")
     parser.add_argument("--profile", type=int, metavar="N", help="print the N functions that take longest (direct)")
+    parser.add_argument("--masters", choices=list(MASTERS), default="bf16", help="dtype of the trainer's weights")
+    parser.add_argument("--changes", type=float, metavar="LR", help="also send what steps of AdamW at LR change")
+    parser.add_argument("--no-reload", dest="reload", action="store_false", help="do not time vLLM's own reload")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -182,15 +245,17 @@ def main() -> int:
         codes = []
         for transport in args.transports:
             command = [sys.executable, __file__, *sys.argv[1:], "--transports", transport, "--alone"]
-            processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if transport == "direct" else "1"}
-            codes.append(subprocess.run(command, env={**os.environ, **processes}, check=False).returncode)
+            settings = {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if transport == "direct" else "1",
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for the comparison of tensors; syncs do without
+            }
+            codes.append(subprocess.run(command, env={**os.environ, **settings}, check=False).returncode)
         return max(codes)
-    row = measure(args.model, args.layers, args.transports[0], args.repeats, args.profile) | environment(
-        torch.device("cuda")
-    )
-    row["vllm"] = __import__("vllm").__version__
-    append(args.out, [row])
-    print(json.dumps(row), flush=True)
+    about = environment(torch.device("cuda")) | {"vllm": __import__("vllm").__version__}
+    rows = [row | about for row in measure(args, args.transports[0])]
+    append(args.out, rows)
+    for row in rows:
+        print(json.dumps(row), flush=True)
     return 0
 
 
