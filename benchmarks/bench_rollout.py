@@ -60,7 +60,7 @@ def random_model(name: str, layers: int | None, masters: str) -> Any:
     """A model on the GPU, with a shipped configuration."""
     from transformers import AutoModelForCausalLM
 
-    config = shipped_config(name)
+    config: Any = shipped_config(name)
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device("cuda"):
