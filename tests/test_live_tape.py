@@ -134,7 +134,7 @@ def test_memory_is_freed_as_soon_as_nothing_needs_it():
         return t
 
     alive: list[int] = []
-    for step in tape._steps:
+    for step in tape._program:
         assert step.function is add
         step.function = watched
     (again,) = tape.repeat(p)

@@ -36,6 +36,10 @@ class Region:
         at = tensor.storage_offset() * tensor.element_size() + self.start
         if at % self.dtype.itemsize:
             raise ValueError(f"{self.dtype} values cannot begin at byte {at}: align tensors to 16 bytes")
+        if tensor.dtype is self.dtype:
+            if self.size == tensor.shape and self.stride == tensor.stride() and not self.start:
+                return tensor
+            return tensor.as_strided(self.size, self.stride, at // self.dtype.itemsize)
         view = torch.empty(0, dtype=self.dtype, device=tensor.device)
         with torch.no_grad():
             return view.set_(tensor.untyped_storage(), at // self.dtype.itemsize, self.size, self.stride)

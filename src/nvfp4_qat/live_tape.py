@@ -13,6 +13,7 @@ recorded with (`live_model`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -256,7 +257,12 @@ class Tape:
         outputs: Sequence[Ref],
         kept: Mapping[int, Tensor],
     ) -> None:
-        self._names, self._forms, self._steps, self._outputs, self._kept = names, forms, steps, outputs, dict(kept)
+        self._names, self._forms, self._steps = names, forms, steps
+        slots = [*names.values(), *kept, *(ref.slot for ref in outputs)]
+        slots += [slot for step in steps for slot in (*step.reads, *step.makes) if slot is not None]
+        self._kept = [kept.get(slot) for slot in range(max(slots, default=-1) + 1)]
+        self._program = [_Ready(step) for step in steps]
+        self._results = [_getter(ref) for ref in outputs]
         self.changes_parameters = any(step.writes & set(names.values()) for step in steps)
         """Whether a repetition writes into the parameters that it is given."""
         self._expected: Tensor | None = None
@@ -278,31 +284,37 @@ class Tape:
         Returns:
             The results in the order of the recorded ones; None: a number that the code looks at is another one.
         """
-        if {name: _form(p) for name, p in parameters.items()} != self._forms:
+        values: list[Any] = list(self._kept)
+        for name, slot in self._names.items():
+            plain = parameters[name].detach() if name in parameters else None
+            if plain is None or _form(plain) != self._forms[name]:
+                return None
+            values[slot] = plain
+        if len(parameters) != len(self._names):
             return None
-        values = dict(self._kept)
-        values.update({slot: parameters[name] for name, slot in self._names.items()})
-
-        def tensor(ref: Ref) -> Tensor:
-            return _view(values[ref.slot], ref)
-
         asked: list[Tensor] = []
         with torch.no_grad():
-            for step in self._steps:
+            for step in self._program:
+                arguments, options = step.given(values)
                 if step.asks:
-                    asked.append(tensor(step.arguments[0]).detach().to(torch.float64, copy=True))
+                    asked.append(arguments[0].to(torch.float64, copy=True))
                 else:
-                    out = step.function(*_filled(step.arguments, tensor), **_filled(step.options, tensor))
+                    out = step.function(*arguments, **options)
                     if step.answers and [*_leaves(out, (bool, int, float))] != step.answers:
                         return None
-                    for slot, made in zip(step.makes, _leaves(out, Tensor), strict=True):
-                        if slot is not None:
-                            values[slot] = made
+                    if step.single:
+                        values[step.makes[0]] = out
+                    else:
+                        for slot, made in zip(step.makes, _leaves(out, Tensor), strict=True):
+                            if slot is not None:
+                                values[slot] = made
+                    del out
+                del arguments, options
                 for slot in step.ends:
-                    values.pop(slot, None)
+                    values[slot] = None
             if asked and not self._as_expected(asked):
                 return None
-            return [tensor(ref) for ref in self._outputs]
+            return [output(values) for output in self._results]
 
     def _as_expected(self, asked: Sequence[Tensor]) -> bool:
         found = torch.stack([t.reshape(()) for t in asked])
@@ -312,10 +324,53 @@ class Tape:
         return torch.equal(found, self._expected)
 
 
+class _Ready:
+    """A step whose arguments are looked up without looking for them in nested lists."""
+
+    __slots__ = ("answers", "arguments", "asks", "ends", "function", "makes", "named", "options", "places", "single")
+
+    def __init__(self, step: _Step) -> None:
+        self.function, self.answers, self.asks = step.function, step.answers, step.asks
+        self.makes: list[Any] = step.makes
+        self.ends = step.ends
+        self.single = len(step.makes) == 1 and step.makes[0] is not None and _returns_one(step.function)
+        """Whether it returns a tensor, which is new, and nothing else."""
+        self.arguments: list[Any] = list(step.arguments)
+        self.options = dict(step.options)
+        self.places = [(i, _getter(a)) for i, a in enumerate(step.arguments) if any(_leaves(a, Ref))]
+        self.named = [(key, _getter(a)) for key, a in step.options.items() if any(_leaves(a, Ref))]
+
+    def given(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Its arguments, with tensors by slot."""
+        arguments = self.arguments.copy()
+        for i, value in self.places:
+            arguments[i] = value(values)
+        return arguments, {**self.options, **{key: value(values) for key, value in self.named}}
+
+
+def _returns_one(function: Any) -> bool:
+    returns = function._schema.returns
+    return len(returns) == 1 and isinstance(returns[0].type, torch.TensorType)
+
+
+def _getter(tree: Any) -> Callable[[list[Any]], Any]:
+    """Takes a value with `Ref` in place of tensors from a list of tensors by slot."""
+    if isinstance(tree, Ref):
+        slot, ref = tree.slot, tree
+        return operator.itemgetter(slot) if ref.size is None else lambda values: _view(values[slot], ref)
+    if isinstance(tree, dict):
+        named = {key: _getter(value) for key, value in tree.items()}
+        return lambda values: {key: value(values) for key, value in named.items()}
+    if isinstance(tree, (list, tuple)):
+        kind, parts = type(tree), [_getter(value) for value in tree]
+        return lambda values: kind(part(values) for part in parts)
+    return lambda values: tree
+
+
 def _view(t: Tensor, ref: Ref) -> Tensor:
-    if ref.size is None:
-        return t
-    assert ref.dtype is not None
+    assert ref.size is not None and ref.dtype is not None
+    if t.dtype is ref.dtype:
+        return t.as_strided(ref.size, ref.stride, int(t.storage_offset()) + ref.start // ref.dtype.itemsize)
     start = (_first(t) + ref.start) // ref.dtype.itemsize
     return torch.empty(0, dtype=ref.dtype, device=t.device).set_(t.untyped_storage(), start, ref.size, ref.stride)
 
@@ -352,15 +407,6 @@ def _mapped(tree: Any, change: Callable[[Tensor], Ref]) -> Any:
     if isinstance(tree, dict):
         return {key: _mapped(value, change) for key, value in tree.items()}
     return type(tree)(_mapped(value, change) for value in tree) if isinstance(tree, (list, tuple)) else tree
-
-
-def _filled(tree: Any, tensor: Callable[[Ref], Tensor]) -> Any:
-    """With a tensor in place of every `Ref`."""
-    if isinstance(tree, Ref):
-        return tensor(tree)
-    if isinstance(tree, dict):
-        return {key: _filled(value, tensor) for key, value in tree.items()}
-    return type(tree)(_filled(value, tensor) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def _dynamic(func: Any, args: Any) -> bool:
