@@ -12,11 +12,12 @@ the same shapes. A sync is `Rollout.sync`: manifest, pause, all tensors, commit,
 
 With ``direct``, vLLM's own ``reload_weights`` gets the same tensors in the same process (under their checkpoint names;
 experts one by one), and afterwards every tensor of the model is compared with what `Rollout.sync` made of them.
-The first sync, which finds out where everything goes, and the second, which proves quicker ways of processing, are not
-in the median; they are reported beside it.
+Before each sync the trainer's weights are written, as by an optimizer, so that it includes packing them;
+``packing_seconds`` is what that takes alone. The first sync, which finds out where everything goes, and the second, which
+proves quicker ways of processing, are not in the median; they are reported beside it.
 
-With ``--changes`` every weight then takes steps of AdamW with random gradients, and only what changed is sent; a row of
-its own says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
+With ``--changes`` the model is then trained by AdamW on random tokens, and only what changed is sent; a row of its own
+says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from common import RESULTS, Row, append, environment, summary
 import nvfp4_qat as nq
 from nvfp4_qat.engine_memory import write_config
 from nvfp4_qat.live_client import EXTENSION
-from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.rollout import Rollout
 from nvfp4_qat.shipped_configs import shipped, shipped_config
 
@@ -68,43 +68,45 @@ def random_model(name: str, layers: int | None, masters: str) -> Any:
 
 
 def profiled(run: Callable[[], Any], lines: int) -> None:
-    """Print where the worker's side of a sync spends Python's time; with ``direct``, where it is in this process."""
-    profile, whole = cProfile.Profile(), time.perf_counter()
-    seconds: dict[str, float] = {}
-
-    def watched(name: str) -> Callable[..., Any]:
-        original = getattr(LiveModel, name)
-
-        def call(self: LiveModel, *arguments: Any) -> Any:
-            start = time.perf_counter()
-            profile.enable()
-            try:
-                return original(self, *arguments)
-            finally:
-                profile.disable()
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-        return call
-
-    originals = {name: getattr(LiveModel, name) for name in ("begin", "load", "commit")}
-    for name in originals:
-        setattr(LiveModel, name, watched(name))
-    try:
-        run()
-    finally:
-        for name, original in originals.items():
-            setattr(LiveModel, name, original)
-    print(f"{time.perf_counter() - whole:.3f} s, of which {seconds}", file=sys.stderr)
-    pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(lines)
+    """Print where a sync spends Python's time; with ``direct`` the worker's part is in this process too."""
+    profile = cProfile.Profile()
+    profile.enable()
+    seconds, _ = timed(run)
+    profile.disable()
+    print(f"{seconds:.3f} s", file=sys.stderr)
+    for order in ("cumulative", "tottime"):
+        pstats.Stats(profile, stream=sys.stderr).sort_stats(order).print_stats(lines)
 
 
-def adamw_step(model: torch.nn.Module, lr: float, seed: int) -> None:
-    """A first step of AdamW with random gradients, parameter by parameter, so that its state needs little memory."""
+def touch(model: torch.nn.Module) -> None:
+    """Write every parameter as an optimizer does, with the value that it has."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1)
+
+
+def packing(model: torch.nn.Module) -> float:
+    """Seconds that the trainer packs for, before the first and between the other tensors of a sync."""
+    touch(model)
+
+    def stream() -> None:
+        for _ in nq.packed_weights(model, layout="fused"):
+            pass
+
+    return timed(stream)[0]
+
+
+def adamw_step(model: Any, lr: float, seed: int) -> None:
+    """A first step of AdamW on random tokens, parameter by parameter, so that its state needs little memory."""
     generator = torch.Generator("cuda").manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (2, 512), generator=generator, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-        torch.optim.AdamW([p], lr=lr, weight_decay=0.0).step()
-        p.grad = None
+        if p.grad is not None:
+            torch.optim.AdamW([p], lr=lr, weight_decay=0.0).step()
+            p.grad = None
 
 
 def measure(args: argparse.Namespace, transport: str) -> list[Row]:
@@ -131,13 +133,15 @@ def measure(args: argparse.Namespace, transport: str) -> list[Row]:
     before = works()
     first, report = timed(lambda: rollout.sync(trainer))
     second, _ = timed(lambda: rollout.sync(trainer))  # done both ways: see `live_quick`
-    packing, _ = timed(lambda: nq.refresh(trainer))
+    packed = [packing(trainer) for _ in range(3)]
     samples, extra = [], []
     for _ in range(args.repeats):
+        touch(trainer)
         seconds, report = timed(lambda: rollout.sync(trainer))
         samples.append(seconds)
         extra.append(report.extra_bytes)
     if args.profile is not None:
+        touch(trainer)
         profiled(lambda: rollout.sync(trainer), args.profile)
     after = works()
     common: Row = {
@@ -146,7 +150,7 @@ def measure(args: argparse.Namespace, transport: str) -> list[Row]:
     }  # fmt: skip
     row: Row = {
         **common, "method": "everything", "bytes": report.bytes, "first_seconds": round(first, 3),
-        "second_seconds": round(second, 3), "packing_seconds": round(packing, 4),
+        "second_seconds": round(second, 3), **summary("packing_seconds", packed, 4),
         **summary("seconds", samples, 4), "extra_bytes": max(extra),
         "check": "ok" if before != after else "the weights did not change what is generated",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from nvfp4_qat import live_changes
 from nvfp4_qat.errors import MismatchError
-from nvfp4_qat.live_changes import FAR, Layout, Snapshot, compressed
+from nvfp4_qat.live_changes import FAR, Layout, Snapshot, compressed, from_pieces, to_pieces
 from nvfp4_qat.live_recipe import Incoming, Part
 
 SHAPES = {
@@ -82,12 +82,26 @@ def test_the_order_of_a_stream_does_not_matter():
     assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
 
 
-@pytest.mark.parametrize("gap", [1, FAR - 1, FAR, FAR + 1, 2 * FAR - 1, 2 * FAR, 2 * FAR + 1, 5 * FAR + 7])
-def test_distances_of_any_length(gap):
+@pytest.mark.parametrize("times", [-1, 0, 1, 2, 5])
+@pytest.mark.parametrize("far", FAR.values())
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_distances_of_any_length(times, far, more):
+    gap = max(1, times * far + more)
     flips = torch.zeros(gap + 12, dtype=torch.uint8)
     flips[[3, 3 + gap, 5 + gap]] = torch.tensor([1, 2, 255], dtype=torch.uint8)
-    at, values = compressed(1000, flips).places()
-    assert at.tolist() == [1003, 1003 + gap, 1005 + gap] and values.tolist() == [1, 2, 255]
+    changes = compressed(1000, flips)
+    (passed,) = from_pieces(dict(to_pieces(changes)), torch.device("cpu"))
+    for at, values in (changes.places(), passed.places()):
+        assert at.tolist() == [1003, 1003 + gap, 1005 + gap] and values.tolist() == [1, 2, 255]
+
+
+@pytest.mark.parametrize(("distance", "kind"), [(20, torch.uint8), (255, torch.uint8), (3000, torch.int16)])
+def test_short_distances_take_a_byte_and_long_ones_two(distance, kind):
+    flips = torch.zeros(200 * distance, dtype=torch.uint8)
+    flips[::distance] = 7
+    changes = compressed(0, flips)
+    assert changes.gaps.dtype is kind and changes.nbytes == 200 * (1 + kind.itemsize)
+    assert torch.equal(changes.places()[0], torch.arange(0, 200 * distance, distance))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ ALIGNMENT = 16
 PIECE = 1 << 26
 """Bytes that are compared at a time."""
 
-FAR = 0xFFFF
+FAR = {torch.uint8: 0xFF, torch.int16: 0xFFFF}
 """The largest distance between two places that is written down; in between are places where nothing changes."""
 
 
@@ -84,8 +84,8 @@ class Changes:
     Args:
         start: its first byte.
         flips: uint8 ``[n]``, old byte xor new byte.
-        gaps: int16 ``[n]``, read without sign: how far a place is from the one before, the first from ``start``.
-            None: ``flips`` are those of all bytes of the piece.
+        gaps: uint8 or int16 ``[n]``, read without sign: how far a place is from the one before, the first from
+            ``start``. None: ``flips`` are those of all bytes of the piece.
         count: of bytes that change.
     """
 
@@ -104,7 +104,7 @@ class Changes:
         if self.gaps is None:
             at = self.flips.nonzero()[:, 0]
             return at + self.start, self.flips[at]
-        at = self.start + (self.gaps.to(torch.int64) & FAR).cumsum(0)
+        at = self.start + (self.gaps.to(torch.int64) & FAR[self.gaps.dtype]).cumsum(0)
         real = self.flips != 0
         return at[real], self.flips[real]
 
@@ -201,17 +201,19 @@ def compressed(start: int, flips: Tensor) -> Changes | None:
     if not len(at):
         return None
     gaps = torch.diff(at, prepend=at.new_zeros(1))
-    more = (gaps - 1).clamp(min=0) // FAR  # stops in between, each as far as can be from the place before
-    stops = int(more.sum())
-    if 3 * (len(at) + stops) >= len(flips):
+    more = {kind: (gaps - 1).clamp(min=0) // far for kind, far in FAR.items()}
+    counts = torch.stack([m.sum() for m in more.values()]).tolist()
+    sizes = {kind: (1 + kind.itemsize) * (len(at) + n) for kind, n in zip(more, counts, strict=True)}
+    kind = min(sizes, key=lambda kind: sizes[kind])
+    if sizes[kind] >= len(flips):
         return Changes(start, flips.clone(), None, len(at))
-    values = flips[at]
-    if stops:
-        ends = torch.cumsum(more + 1, 0) - 1
-        steps = at.new_full((len(at) + stops,), FAR)
-        steps[ends] = gaps - more * FAR
+    values, stops = flips[at], sizes[kind] // (1 + kind.itemsize) - len(at)
+    if stops:  # in between, each as far as can be from the place before
+        ends = torch.cumsum(more[kind] + 1, 0) - 1
+        steps = at.new_full((len(at) + stops,), FAR[kind])
+        steps[ends] = gaps - more[kind] * FAR[kind]
         gaps, values = steps, flips.new_zeros(len(steps)).index_put((ends,), values)
-    return Changes(start, values, gaps.to(torch.int16), len(at))
+    return Changes(start, values, gaps.to(kind), len(at))
 
 
 PIECE_NAME = "changes:"
@@ -232,5 +234,8 @@ def from_pieces(named: Mapping[str, Tensor], device: torch.device) -> list[Chang
         if name.endswith(":flips"):
             gaps = named.get(name.removesuffix("flips") + "gaps")
             start = int(name.split(":")[1])
-            found.append(Changes(start, flips.to(device), None if gaps is None else gaps.to(device).view(torch.int16)))
+            if gaps is not None:
+                gaps = gaps.to(device)
+                gaps = gaps if len(gaps) == len(flips) else gaps.view(torch.int16)
+            found.append(Changes(start, flips.to(device), gaps))
     return sorted(found, key=lambda changes: changes.start)

@@ -90,6 +90,7 @@ class LiveModel:
             self._recipe, self.quick = recipe, Quick(self.code)
             self._deriving = [name for name, layer in self.model.named_modules() if self.code.derives(layer)]
             self.patcher = None
+        self._recipe.look()
         if not remember:
             self.patcher = None
         elif self.patcher is None:
@@ -110,6 +111,7 @@ class LiveModel:
             raise UserError("changes need an engine that has remembered a complete update")
         if self._recipe.incoming != {entry.name: entry for entry in incoming}:
             raise UserError("changes need the tensors of the last complete update")
+        self._recipe.look()
         self.abandon()
         self._missing, self._left = set(), {}
 
@@ -343,7 +345,7 @@ class LiveModel:
     def _prepared(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter], alone: bool) -> list[Change]:
         """What a layer's processing changes, by its quick way if there is one."""
         own = {n: filled[key] for n, key in recipe.own(name).items()}
-        layer = self.model.get_submodule(name)
+        layer = recipe.module(name)
         quick = self.quick.changes(name, layer, own)
         if quick is not None:
             return quick

@@ -180,6 +180,8 @@ class Recipe:
 
     def __init__(self, model: nn.Module, code: EngineCode, incoming: Sequence[Incoming]) -> None:
         self.model, self.code = model, code
+        self._modules: dict[str, nn.Module] = {}
+        self.look()
         self.incoming = {entry.name: entry for entry in incoming}
         self.forms: dict[str, nn.Parameter] = {}
         """Parameters before processing, without data, by key: the layer's name and theirs."""
@@ -205,10 +207,18 @@ class Recipe:
         self.groups_of: dict[str, list[Group]] = {}
         self.groups = self._grouped()
 
+    def look(self) -> None:
+        """Look again which modules the model has: once before an update, not for every tensor."""
+        self._modules = dict(self.model.named_modules())
+
+    def module(self, name: str) -> nn.Module:
+        """A layer by its name."""
+        return self._modules[name]
+
     def layer(self, key: str) -> tuple[nn.Module, str]:
         """The layer that a parameter belongs to, and its name there."""
         module, _, name = key.rpartition(".")
-        return self.model.get_submodule(module), name
+        return self._modules[module], name
 
     def own(self, layer: str) -> dict[str, str]:
         """The names of a layer's parameters, and under which key each is found."""
@@ -322,7 +332,7 @@ class Recipe:
         return list({id(g): g for g in of.values()}.values())
 
     def _plain(self, name: str, keys: set[str]) -> bool:
-        layer = self.model.get_submodule(name)
+        layer = self.module(name)
         if self.code.processes(layer):
             return False
         live = {key: layer._parameters.get(key.rpartition(".")[2]) for key in self.keys[name]}
@@ -335,7 +345,7 @@ class Recipe:
         before = [(layer, layer._parameters) for layer in self.model.modules()]
         try:
             for name in self.keys:
-                layer = self.model.get_submodule(name)
+                layer = self.module(name)
                 layer._parameters = {n: self.forms[key] for n, key in self.own(name).items()}
             yield
         finally:

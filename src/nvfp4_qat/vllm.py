@@ -38,7 +38,7 @@ from .live_recipe import EngineCode
 SUPPORTED = ((0, 15), (0, 33))
 """The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
