@@ -13,8 +13,8 @@ the same shapes. A sync is `Rollout.sync`: manifest, pause, all tensors, commit,
 With ``direct``, vLLM's own ``reload_weights`` gets the same tensors in the same process (under their checkpoint names;
 experts one by one), and afterwards every tensor of the model is compared with what `Rollout.sync` made of them.
 Before each sync the trainer's weights are written, as by an optimizer, so that it includes packing them;
-``packing_seconds`` is what that takes alone. The first sync, which finds out where everything goes, and the second, which
-proves quicker ways of processing, are not in the median; they are reported beside it.
+``packing_seconds`` is what that takes alone. The first sync, which finds out where everything goes, and the second,
+which proves quicker ways of processing, are not in the median; they are reported beside it.
 
 With ``--changes`` the model is then trained by AdamW on random tokens, and only what changed is sent; a row of its own
 says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
