@@ -1,6 +1,6 @@
 """A real vLLM on a GPU gets new weights while it is up: every tensor is that of an engine that was started with them.
 
-Each case runs in a process of its own (`vllm_cases`, `vllm_kl`). Two GPUs where the name says so.
+Each case runs in a process of its own (`vllm_cases`, `vllm_kl`, `vllm_kill`). Two GPUs where the name says so.
 """
 
 from __future__ import annotations
@@ -74,3 +74,11 @@ def test_four_bit_kernels_add_nothing_to_the_mismatch_that_bf16_has(model: str) 
     assert found["tokens"] >= 40_000
     assert found["ratio"] <= 1.05 and found["bound95"] <= 1.10
     assert found["k3_one_update_behind"] > 3 * found["k3_nvfp4"], "the weights do not matter enough to tell"
+
+
+def test_no_forward_has_mixed_weights_when_trainers_are_killed_at_random_moments() -> None:
+    found = result("vllm_kill.py", 30, seconds=900)
+    assert found["moments"] == 30 and found["broken_off"] >= 10
+    assert found["forwards"] > 100 and found["forwards_of_mixtures"] == 0
+    assert found["errors"] == [] and found["answered"] > 30
+    assert len(found["recovery_seconds"]) == 30
