@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvfp4_qat.live_regions import Copy, Region, _runs, clipped, coverage, merged, region_of
+from nvfp4_qat.live_regions import Copy, Region, _runs, clipped, coverage, merged, moved, region_of
 
 U8, I16, F32, FP8, BF16 = torch.uint8, torch.int16, torch.float32, torch.float8_e4m3fn, torch.bfloat16
 
@@ -231,3 +231,25 @@ def test_missing_and_overlapping_elements_are_counted_exactly() -> None:
     assert coverage(parameter, [region_of(parameter[:2].view(I16)), region_of(parameter.view(U8)[3:])]) == (6, 0)
     assert coverage(torch.empty(0), []) == (0, 0)
     assert coverage(torch.empty(()), [region_of(torch.empty(()))]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "source", "destination", "start", "one_piece"),
+    [
+        ((4, 6), (6, 1), (6, 1), 0, True),
+        ((4, 6), (6, 1), (12, 1), 0, False),
+        ((2, 2, 6), (12, 6, 1), (12, 6, 1), 0, True),
+        ((4, 6), (1, 4), (1, 4), 0, True),
+        ((4, 6), (1, 4), (6, 1), 0, False),
+        ((3, 6), (6, 1), (6, 1), 12, False),
+        ((3, 6), (6, 1), (6, 1), 0, False),
+        ((24,), (1,), (1,), 0, True),
+    ],
+)
+def test_bytes_of_a_copy_of_a_whole_tensor_are_moved_as_those_of_any_other(size, source, destination, start, one_piece):
+    copy = Copy("p", Region(32, size, destination, torch.int16), Region(start, size, source, torch.int16))
+    at = torch.arange(48)
+    taken, to = moved(copy, at)
+    quick, where = moved(copy, at, 48)
+    assert (quick == slice(None)) == one_piece
+    assert torch.equal(at[quick], at[taken]) and torch.equal(where, to)

@@ -183,7 +183,8 @@ class Snapshot:
                 self._first = self._end = at
             count = min(len(new) - done, self._first + PIECE - at)
             old, part = self.memory[at : at + count], new[done : done + count]
-            self._flips[self._end - self._first : at - self._first] = 0
+            if at > self._end:
+                self._flips[self._end - self._first : at - self._first] = 0
             torch.bitwise_xor(old, part, out=self._flips[at - self._first : at - self._first + count])
             old.copy_(part)
             self._end, done = at + count, done + count

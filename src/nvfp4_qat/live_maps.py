@@ -81,14 +81,12 @@ class CodeMap:
             flips: uint8 ``[n]``: old code xor new code.
         """
         output, place = self.places(codes)
+        at, flip = place // 2, flips << (4 * (place % 2)).to(torch.uint8)
         for i, tensor in enumerate(tensors):
             data = _bytes(tensor)
-            mine = slice(None) if len(tensors) == 1 else output == i
-            at, flip = place[mine], flips[mine]
-            for half in (0, 1):  # two codes of a byte must not be written at once
-                chosen = at % 2 == half
-                where = at[chosen] // 2
-                data[where] = data[where] ^ (flip[chosen] << 4 * half)
+            mine = output == i
+            # The two codes of a byte are added up, which is done atomically: their bits do not touch.
+            data ^= torch.zeros_like(data).scatter_add_(0, at * mine, flip * mine)
 
     def read(self, tensors: Sequence[Tensor], codes: Tensor) -> Tensor:
         """Codes of processed tensors, uint8 ``[n]``."""

@@ -9,6 +9,7 @@ every layer for which one of this is not known. Weights that kernels read as the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -79,7 +80,9 @@ class Patcher:
             try:
                 if load.calls:
                     raise ValueError("a loader wants to see all of it")
-                spots = [(copy.key, *moved(copy, at)) for copy in load.copies]
+                entry = self._recipe.incoming[name]
+                nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+                spots = [(copy.key, *moved(copy, at, nbytes)) for copy in load.copies]
             except ValueError:
                 whole.update(*(group.awaited for group in groups))
                 continue
@@ -133,8 +136,7 @@ class Patcher:
                 assert code_map is not None
                 codes = torch.stack((2 * at, 2 * at + 1), -1).view(-1)
                 code_flips = torch.stack((flips & 15, flips >> 4), -1).view(-1)
-                real = code_flips != 0
-                code_map.change([t.data for t in parts[name].live], codes[real], code_flips[real])
+                code_map.change([t.data for t in parts[name].live], codes, code_flips)
             for live_tensor, t in zip(parts[""].live if new else (), new, strict=True):
                 live_tensor.data.copy_(t)
         return True

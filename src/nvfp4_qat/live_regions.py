@@ -230,15 +230,17 @@ def _runs(region: Region) -> tuple[Any, int]:
     return at, length
 
 
-def moved(copy: Copy, at: Tensor) -> tuple[Tensor, Tensor]:
+def moved(copy: Copy, at: Tensor, nbytes: int | None = None) -> tuple[Tensor | slice, Tensor]:
     """Where a copy puts single bytes.
 
     Args:
         copy: between equal dtypes.
         at: int64 ``[n]``, bytes from the source tensor's first.
+        nbytes: of the source tensor, if known: a copy of all of it in one piece is found without looking at ``at``.
 
     Returns:
-        Which of them it takes, bool ``[n]``, and where each of these goes: bytes from the destination's first.
+        Which of them it takes, bool ``[n]`` or a slice of all, and where each of these goes: bytes from the
+        destination's first.
 
     Raises:
         ValueError: it converts, or elements of its source lie over one another.
@@ -246,8 +248,9 @@ def moved(copy: Copy, at: Tensor) -> tuple[Tensor, Tensor]:
     item = copy.source.dtype.itemsize
     if copy.source.dtype != copy.destination.dtype:
         raise ValueError(f"it converts {copy.source.dtype} to {copy.destination.dtype}")
-    dims = zip(copy.source.size, copy.source.stride, copy.destination.stride, strict=True)
-    nested = sorted((dim for dim in dims if dim[0] > 1), key=lambda dim: -dim[1])
+    nested = _joined_dims(copy)
+    if nbytes is not None and copy.source.start == 0 and nested == [(nbytes // item, 1, 1)] and nbytes > item:
+        return slice(None), at + copy.destination.start
     rest = at - copy.source.start
     taken, to = rest >= 0, torch.full_like(at, copy.destination.start)
     reach = [sum((size - 1) * stride for size, stride, _ in nested[i + 1 :]) for i in range(len(nested))]
@@ -260,3 +263,15 @@ def moved(copy: Copy, at: Tensor) -> tuple[Tensor, Tensor]:
         rest = rest - index * (stride * item)
     taken &= rest < item
     return taken, (to + rest)[taken]
+
+
+def _joined_dims(copy: Copy) -> list[tuple[int, int, int]]:
+    """Sizes, source and destination strides, the largest source stride first; what runs on in both is one."""
+    dims = zip(copy.source.size, copy.source.stride, copy.destination.stride, strict=True)
+    joined: list[tuple[int, int, int]] = []
+    for size, stride, there in sorted((dim for dim in dims if dim[0] > 1), key=lambda dim: -dim[1]):
+        if joined and joined[-1][1:] == (size * stride, size * there):
+            joined[-1] = (joined[-1][0] * size, stride, there)
+        else:
+            joined.append((size, stride, there))
+    return joined
