@@ -11,6 +11,7 @@ from pathlib import Path
 from common import RESULTS, Row, read
 from kernel_tables import counter_section, kernel_sections
 from page import Group, Panel, Picture, Point, Section, markdown
+from rollout_tables import memory, rollout
 from row_tools import grouped, machine, short, usable, with_range
 from step_tables import step_sections
 
@@ -32,6 +33,8 @@ def sections(results: Path = RESULTS) -> list[Section]:
         *step_sections(usable(read(results / "step.jsonl"))),
         modules(usable(read(results / "modules.jsonl"))),
         sync(usable(read(results / "sync.jsonl"))),
+        rollout(usable(read(results / "rollout.jsonl"))),
+        memory(usable(read(results / "engine_memory.jsonl"))),
         packing(read(results / "memory.jsonl")),
         machines(results),
     ]
@@ -140,7 +143,7 @@ def packing(rows: Sequence[Row]) -> Section | None:
 def machines(results: Path) -> Section | None:
     """Where the rows on the page come from."""
     seen: dict[tuple[str, ...], set[str]] = {}
-    for name in ("kernels", "counters", "step", "modules", "sync"):
+    for name in ("kernels", "counters", "step", "modules", "sync", "rollout"):
         for row in usable(read(results / f"{name}.jsonl")):
             versions = [str(row.get(key) or "–") for key in ("torch", "triton", "transformers", "nccl", "commit")]
             seen.setdefault((name, row["gpu"], *versions), set()).add(row["date"][:10])
