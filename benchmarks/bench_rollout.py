@@ -172,6 +172,7 @@ def changes(llm: Any, plan: nq.QuantPlan, trainer: Any, args: argparse.Namespace
     if args.profile is not None:
         adamw_step(trainer, args.changes, 1000)
         profiled(lambda: rollout.sync(trainer), args.profile)
+    remembered = max(w["ok"]["remembered_bytes"] for w in llm.collective_rpc("nvfp4_status"))
     full = Rollout.connect(llm, plan)
     before = llm.collective_rpc(_sums)
     full.sync(trainer)
@@ -182,7 +183,7 @@ def changes(llm: Any, plan: nq.QuantPlan, trainer: Any, args: argparse.Namespace
         "fraction_changed": reports[-1].fraction_changed, "remembering_seconds": round(remembering, 3),
         "first_seconds": round(samples[0], 3), **summary("seconds", samples[1:], 4),
         "extra_bytes": max(r.extra_bytes for r in reports[1:]),
-        "remembered_bytes": max(w["ok"]["remembered_bytes"] for w in llm.collective_rpc("nvfp4_status")),
+        "remembered_bytes": remembered,
         "check": "ok" if same else "a complete sync gives other tensors",
     }  # fmt: skip
 
