@@ -197,14 +197,15 @@ def _step_table(run: Run) -> str:
     steps = sorted({step for arm in arms for step in arm.column("step") if known(step)})
     shown = steps[:: math.ceil(len(steps) / 200)] if steps else []
     by_step = {arm.name: dict(zip(arm.column("step"), arm.rows, strict=True)) for arm in arms}
-    kinds = {K3_KL: "k3 KL", REWARD: "reward"}
+    kinds = {K3_KL: ("k3 KL", small), REWARD: ("reward", small)}
     if any(known(arm.sync_version) for arm in arms):
-        kinds |= {SYNC_SECONDS: "sync seconds", SYNC_BYTES: "sync bytes", SYNC_VERSION: "version"}
-    head = ["step", *(f"{escape(a.name)} {kind}" for kind in kinds.values() for a in arms)]
+        kinds |= {SYNC_SECONDS: ("sync seconds", small), SYNC_BYTES: ("sync bytes", byte_size)}
+        kinds |= {SYNC_VERSION: ("version", small)}
+    head = ["step", *(f"{escape(a.name)} {kind}" for kind, _ in kinds.values() for a in arms)]
     rows = []
     for step in shown:
-        cells = [by_step[a.name].get(step, {}).get(key) for key in kinds for a in arms]
-        rows.append([f"{step:g}", *(small(number(cell)) for cell in cells)])
+        cells = [form(number(by_step[a.name].get(step, {}).get(key))) for key, (_, form) in kinds.items() for a in arms]
+        rows.append([f"{step:g}", *cells])
     return f"<details><summary>Every step as a table</summary>{_table(head, rows)}</details>" if rows else ""
 
 

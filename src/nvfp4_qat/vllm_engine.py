@@ -32,6 +32,7 @@ from .core import apply_qat, qat_plan
 from .demo_config import TRAINER_GPU, DemoConfig
 from .engine import Loaded, Sample
 from .errors import MismatchError, UserError
+from .models import without_progress_bars
 from .plan import QuantPlan
 from .rollout import EXTENSION, Rollout
 
@@ -155,7 +156,8 @@ def write_start(model: nn.Module, plan: QuantPlan, folder: Path) -> None:
     """
     if not plan.quantized:
         plain: Any = model
-        plain.save_pretrained(folder)
+        with without_progress_bars():
+            plain.save_pretrained(folder)
         return
     try:
         qat_plan(model)
