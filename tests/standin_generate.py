@@ -1,4 +1,4 @@
-"""A module in the place of ``vllm`` that loads checkpoints of small transformers models, takes live weights, and samples.
+"""In the place of ``vllm``: it loads checkpoints of small transformers models, takes live weights, and samples.
 
 `LLM` has the arguments that the demo gives `vllm.LLM`, and no others. Its one worker holds a checkpoint's tensors as
 they are, by name, mixed with `LiveWeights`; what it holds is what it samples with, by the built-in engine's model. As
@@ -9,8 +9,10 @@ then, loads into them, or calls an engine that has ended, fails.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import json
 import os
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,7 +195,7 @@ def install(monkeypatch, gpus=2):
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = Recorded, SamplingParams
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    monkeypatch.setitem(__import__("sys").modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm", module)
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: VERSION if name == "vllm" else real(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)

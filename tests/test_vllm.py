@@ -74,3 +74,22 @@ def test_four_bit_kernels_add_nothing_to_the_mismatch_that_bf16_has(model: str) 
     assert found["tokens"] >= 40_000
     assert found["ratio"] <= 1.05 and found["bound95"] <= 1.10
     assert found["k3_one_update_behind"] > 3 * found["k3_nvfp4"], "the weights do not matter enough to tell"
+
+
+@pytest.mark.parametrize(
+    "case", ["sleep0", "sleep1", "sleep2", pytest.param("other-gpu", marks=two_gpus), "tiny", "tiny-moe"]
+)
+def test_the_demo_samples_with_vllm(case: str) -> None:
+    found = result("vllm_demo.py", case)
+    arms = found["arms"]
+    for arm, told in arms.items():
+        assert told["versions"] == [2, 3, 4], arm
+    assert arms["qat"]["bytes"] < 0.6 * arms["bf16"]["bytes"]
+    assert 0 < arms["bf16"]["k3"] and arms["qat"]["k3"] < 3 * arms["bf16"]["k3"]
+    if not case.startswith("tiny"):  # a warm-up of 20 steps solves nothing, so there is nothing to train on
+        assert all(told["groups_trained"] for told in arms.values())
+        assert all(fraction > 0 for fraction in arms["qat"]["codes_changed"])
+    if "noqat" in arms:
+        assert arms["noqat"]["k3"] > 5 * arms["qat"]["k3"], "rounding does not show: the comparison says nothing"
+    if case.startswith("sleep"):
+        assert found["free_share"] > 0.8, "an engine has not ended"
