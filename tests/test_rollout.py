@@ -78,6 +78,21 @@ def test_all_workers_of_an_engine_take_their_part(transport):
     engines.close()
 
 
+def test_a_stream_may_be_sent_instead_of_what_the_model_trains_with():
+    model, plan = trainer(1)
+    full, _ = trainer(2)
+    llm = LLM(packed(0))
+    engines = Rollout.connect(llm, plan)
+    quantizer = nq.QATQuantizer(plan.config, plan, layout="fused")
+    report = engines.sync(model, quantizer.quantize(full.state_dict().items()))
+    assert report.bytes == sum(t.nbytes for _, t in nq.packed_weights(model, layout="fused")) and answered(llm) == 2
+    incomplete = list(nq.packed_weights(model, layout="fused"))[1:]
+    with pytest.raises(MismatchError, match=f"1 tensors have not come(.*\n)*.*{STAYS}"):
+        engines.sync(model, incomplete)
+    assert engines.versions == [None] and llm.core.paused
+    assert engines.sync(model).version == 2 and answered(llm) == 1
+
+
 def test_the_checks_of_answers_can_fail():
     old, new = OF_SEED[0], OF_SEED[1]
     assert whole([[old, old], [new, new]], OF_SEED) == [0, 1]

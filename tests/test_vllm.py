@@ -82,3 +82,22 @@ def test_no_forward_has_mixed_weights_when_trainers_are_killed_at_random_moments
     assert found["forwards"] > 100 and found["forwards_of_mixtures"] == 0
     assert found["errors"] == [] and found["answered"] > 30
     assert len(found["recovery_seconds"]) == 30
+
+
+@pytest.mark.parametrize(
+    "case", ["sleep0", "sleep1", "sleep2", pytest.param("other-gpu", marks=two_gpus), "tiny", "tiny-moe"]
+)
+def test_the_demo_samples_with_vllm(case: str) -> None:
+    found = result("vllm_demo.py", case)
+    arms = found["arms"]
+    for arm, told in arms.items():
+        assert told["versions"] == [2, 3, 4], arm
+    assert arms["qat"]["bytes"] < 0.6 * arms["bf16"]["bytes"]
+    assert 0 < arms["bf16"]["k3"] and arms["qat"]["k3"] < 3 * arms["bf16"]["k3"]
+    if not case.startswith("tiny"):  # a warm-up of 20 steps solves nothing, so there is nothing to train on
+        assert all(told["groups_trained"] for told in arms.values())
+        assert all(fraction > 0 for fraction in arms["qat"]["codes_changed"])
+    if "noqat" in arms:
+        assert arms["noqat"]["k3"] > 5 * arms["qat"]["k3"], "rounding does not show: the comparison says nothing"
+    if case.startswith("sleep"):
+        assert found["free_share"] > 0.8, "an engine has not ended"

@@ -35,6 +35,14 @@ def names(text: str) -> tuple[str, ...]:
 
 
 DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
+    (
+        "rollout",
+        str,
+        "what samples: builtin (default; an engine of this package, on the CPU) or vllm (on a GPU)",
+    ),
+    ("sleep", int, "with --rollout vllm: 1 or 2 lets vLLM sleep at that level while the trainer computes, 0 never"),
+    ("rollout_device", str, "GPU of vLLM, such as cuda:1; by default the trainer's, cuda:0"),
+    ("rollout_memory", float, "share of that GPU's memory that vLLM takes"),
     ("task", str, "sort, one-sentence, or a .parquet or .jsonl file of problems with answers"),
     ("steps", int, "steps of each arm"),
     ("seed", int, "of random weights, prompts and sampling"),

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ import torch
 from torch.nn import functional as F
 
 from . import __version__
-from .demo_config import ARMS, DemoConfig
+from .demo_config import ARMS, PLACEMENT, DemoConfig
 from .engine import Sample
 from .errors import UserError
 from .masters import MasterAdamW
@@ -43,6 +44,7 @@ from .rl import train_arm
 from .rollouts import Batch, Graded, collate
 from .runlog import ArmLog, Row, replace_file, save_file
 from .tasks import Task, encode_prompt, make_task
+from .vllm_engine import facts, require_vllm
 
 WARMUP_COST = 0.25
 """A warm-up step in units of an RL step, for the estimate of the remaining time only."""
@@ -55,11 +57,13 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
         cfg: what to run and where to.
 
     Raises:
-        UserError: a package is missing, the directory holds something else, a resumed run has other settings, or there
-            is no such model or task. Nothing has been written then.
+        UserError: a package or a GPU is missing, the directory holds something else, a resumed run has other settings,
+            or there is no such model or task. Nothing has been written then.
         KeyboardInterrupt: passed on after summary and report of the finished steps have been written.
     """
     _check_packages()
+    if cfg.rollout == "vllm":
+        require_vllm(cfg)
     _check_directory(cfg)
     task = make_task(cfg.task, cfg.model)
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
@@ -209,6 +213,7 @@ def summarize(cfg: DemoConfig, task: str, rows: dict[str, Sequence[Row]], note: 
         numbers = [arms[arm]["k3_kl_mean"] for arm in (above, below) if arm in arms]
         return numbers[0] / numbers[1] if len(numbers) == 2 and numbers[1] > 0 else None
 
+    vllm = cfg.rollout == "vllm"
     return {
         "model": cfg.model,
         "task": task,
@@ -217,7 +222,8 @@ def summarize(cfg: DemoConfig, task: str, rows: dict[str, Sequence[Row]], note: 
         "k3_kl_ratios": {"noqat/qat": ratio("noqat", "qat"), "qat/bf16": ratio("qat", "bf16")},
         "note": note,
         "config": cfg.identity(),
-        "versions": versions(),
+        **({"engine": {name: getattr(cfg, name) for name in PLACEMENT}} if vllm else {}),
+        "versions": versions() | (facts() if vllm else {}),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
     }
@@ -254,8 +260,18 @@ def summarize_arm(rows: Sequence[Row], steps: int) -> dict[str, Any]:
         "reward_rise_in_standard_errors": (last - first) / error if error else None,
         "accuracy_mean": mean("accuracy"),
         "sync_bytes": rows[-1]["sync_bytes"],
+        **_syncs(rows),
         "seconds": round(sum(row["time/step"] for row in rows), 1),
     }
+
+
+def _syncs(rows: Sequence[Row]) -> dict[str, Any]:
+    """Median seconds and last version, of an engine that tells them."""
+    told = [row for row in rows if "sync_version" in row]
+    if not told:
+        return {}
+    seconds = statistics.median(row["sync_seconds"] for row in told)
+    return {"sync_seconds_median": seconds, "sync_version_last": told[-1]["sync_version"]}
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -11,6 +11,14 @@ from .errors import UserError
 
 ARMS = ("bf16", "noqat", "qat", "qat-ffn")
 
+ENGINES = ("builtin", "vllm")
+
+PLACEMENT = ("sleep", "rollout_device", "rollout_memory")
+"""Settings that decide where and when vLLM computes, not what."""
+
+TRAINER_GPU = "cuda:0"
+"""Where the trainer computes when vLLM samples; the builtin engine and its trainer are on the CPU."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -21,6 +29,11 @@ class DemoConfig:
         model: what `nvfp4_qat.models.load_model` takes.
         task: what `nvfp4_qat.tasks.make_task` takes.
         arms: which of `ARMS`, in the order in which they run.
+        rollout: which of `ENGINES` samples: ``builtin`` (`nvfp4_qat.engine`, on the CPU, as the trainer then is) or
+            ``vllm`` (`nvfp4_qat.vllm_engine`, with the trainer on `TRAINER_GPU`).
+        sleep: level at which vLLM sleeps while the trainer computes on the same GPU, 1 or 2; 0: never.
+        rollout_device: vLLM's GPU, "cuda:N" as this process numbers it; None: the trainer's.
+        rollout_memory: share of that GPU's memory that vLLM takes, KV cache included.
         steps: RL steps of each arm.
         prompts: groups trained on in a step.
         samples: responses in a group.
@@ -51,6 +64,10 @@ class DemoConfig:
     model: str = "tiny"
     task: str = "auto"
     arms: tuple[str, ...] = ("bf16", "noqat", "qat")
+    rollout: str = "builtin"
+    sleep: int = 0
+    rollout_device: str | None = None
+    rollout_memory: float = 0.3
     steps: int = 60
     prompts: int = 32
     samples: int = 8
@@ -89,6 +106,23 @@ class DemoConfig:
             value = getattr(self, name)
             if not (value is None or value > 0):
                 raise UserError(f"{name} must be positive, got {value}")
+        self._check_rollout()
+
+    def _check_rollout(self) -> None:
+        """What can be said about the engine without looking at this machine."""
+        if self.rollout not in ENGINES:
+            raise UserError(f"rollout must be one of {', '.join(ENGINES)}, got {self.rollout!r}")
+        if self.rollout != "vllm" and (self.sleep or self.rollout_device is not None):
+            raise UserError("sleep and rollout_device are settings of vLLM: give --rollout vllm with them")
+        if self.sleep not in (0, 1, 2):
+            raise UserError(f"sleep must be 0 (never) or one of vLLM's levels 1 and 2, got {self.sleep}")
+        if not 0 < self.rollout_memory <= 1:
+            raise UserError(f"rollout_memory is a share of a GPU's memory, from 0 to 1; got {self.rollout_memory}")
+        if self.sleep and self.rollout_device not in (None, TRAINER_GPU):
+            raise UserError(
+                f"vLLM sleeps to leave its memory to the trainer, which is on {TRAINER_GPU}, not on "
+                f"{self.rollout_device}: leave out --sleep or --rollout-device"
+            )
 
     @classmethod
     def for_model(cls, model: str, out: Path, **overrides: Any) -> DemoConfig:
@@ -102,8 +136,8 @@ class DemoConfig:
         return cls(**{"out": out, "model": model, **PRESETS.get(model, PRESETS["smollm2"]), **overrides})
 
     def identity(self) -> dict[str, Any]:
-        """The fields that a result depends on: all but where it is kept and how it is shown."""
-        skipped = {"out", "arms", "resume", "checkpoint_seconds", "cache", "progress"}
+        """The fields that a result depends on: all but where it is kept and shown, and where an engine is."""
+        skipped = {"out", "arms", "resume", "checkpoint_seconds", "cache", "progress", *PLACEMENT}
         return {name: value for name, value in asdict(self).items() if name not in skipped}
 
 

@@ -14,7 +14,7 @@ log-probabilities came out equal to the bit.
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,67 @@ PACKED_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What it took to give an engine its weights.
+
+    Args:
+        bytes: sent.
+        seconds: from the announcement to the engine's readiness, the packing included; None: not measured.
+        version: of the weights, as the engine counts them; None: it does not.
+    """
+
+    bytes: int
+    seconds: float | None = None
+    version: int | None = None
+
+    def figures(self) -> dict[str, float]:
+        """What of it is known, by the names in a run's log."""
+        known = {"sync_bytes": self.bytes, "sync_seconds": self.seconds, "sync_version": self.version}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sampled response: token ids, and the log-probability that the engine gave each of its tokens."""
 
     prompt: list[int]
     response: list[int]
     logprobs: list[float]
+
+
+class SamplingEngine(Protocol):
+    """What the training loop asks of an engine: `load`, `generate` any number of times, `sleep`, and `load` again."""
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> Loaded:
+        """Replace all weights by those of a stream, and be ready to generate.
+
+        Args:
+            stream: all of a model's tensors by name in the "fused" layout, packed or not (`nvfp4_qat.rl.prepare_arm`).
+
+        Raises:
+            MismatchError: a tensor is missing, unknown, repeated or misshapen; the message lists them.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], samples: int, max_new_tokens: int, seed: int
+    ) -> list[list[Sample]]:
+        """Sample responses at temperature 1 from the whole vocabulary.
+
+        Args:
+            prompts: token ids, of any lengths.
+            samples: responses to draw for each prompt.
+            max_new_tokens: longest response; one that reaches it has no stop token.
+            seed: of the random numbers.
+
+        Returns:
+            One list of ``samples`` responses for each prompt.
+        """
+
+    def sleep(self) -> None:
+        """Nothing will be asked before the next `load`: free what the trainer can use."""
+
+    def close(self) -> None:
+        """End, and free everything."""
 
 
 class RolloutEngine:
@@ -57,15 +112,12 @@ class RolloutEngine:
         """Every tensor once: a stream holds the tied `lm_head` under the embedding's name only."""
 
     @torch.no_grad()
-    def load(self, stream: Iterable[tuple[str, Tensor]]) -> int:
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> Loaded:
         """Replace all weights by those of a stream.
 
         Args:
             stream: pairs of name and tensor as `nvfp4_qat.packed_weights` yields them in the "fused" layout, or plain
                 state-dict entries. ``X.weight_packed``, ``X.weight_scale``, ``X.weight_global_scale`` are one weight.
-
-        Returns:
-            Bytes received.
 
         Raises:
             MismatchError: a tensor is missing, incomplete, unknown, repeated or misshapen; the message lists all.
@@ -99,7 +151,13 @@ class RolloutEngine:
         wrong += [f"{name}: missing" for name in sorted(self._expected - arrived - incomplete)]
         if wrong:
             raise MismatchError("the rollout engine cannot use what it was sent:\n  " + "\n  ".join(wrong))
-        return received
+        return Loaded(received)
+
+    def sleep(self) -> None:
+        """Nothing: it takes no memory that the trainer wants."""
+
+    def close(self) -> None:
+        """Nothing: it ends with its last reference."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in use, by name (not copied); to be compared, not written."""

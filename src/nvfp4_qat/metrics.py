@@ -255,6 +255,12 @@ class FlipTracker:
         if not first:
             self.rate = FlipRate(**{f"{k}_changed": v for k, v in changed.items()}, **total)
 
+    def count(self, stream: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+        """Take in a stream that goes nowhere else; returns the fractions that changed, none for the first."""
+        for _ in self.watch(stream):
+            pass
+        return {} if self.rate is None else self.rate.fractions()
+
     def _count(self, name: str, kind: str, data: Tensor, element_size: int) -> tuple[int, int]:
         """(changed codes or scales, changed bytes) of one tensor."""
         old = self._previous.get(name)

@@ -179,7 +179,7 @@ def _pretrained(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _without_progress_bars():
+    with without_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **extra)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -194,7 +194,7 @@ def _pretrained(
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Loading takes seconds; bars for it would only get in the way of those that matter."""
     from transformers.utils import logging
 

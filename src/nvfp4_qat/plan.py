@@ -7,7 +7,7 @@ themselves. It is built from a live model or from one on the meta device; no wei
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,15 @@ class QuantPlan:
     @cached_property
     def _by_name(self) -> dict[str, QuantizedTensor]:
         return {entry.name: entry for entry in self.quantized}
+
+    def unquantized(self) -> QuantPlan:
+        """Return the plan of the same model with nothing in 4 bits: what an engine in bf16 holds."""
+        reason = "nothing is to be 4-bit"
+        left = tuple(
+            SkippedTensor(e.name, e.module, e.shape, reason, e.kind, None if e.batch_dims else e.group)
+            for e in self.quantized
+        )
+        return replace(self, quantized=(), skipped=(*self.skipped, *left))
 
     def groups(self) -> dict[str, tuple[QuantizedTensor, ...]]:
         """Return the fusion groups: group id to members, both in module order."""

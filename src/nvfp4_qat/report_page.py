@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from .charts import NARROW, WIDE, Series, css_class, line_chart, moving_mean, plain_number, power_of_ten
-from .run_files import ABS_DIFF, ARMS, FLIPPED_CODES, K3_KL, REWARD, Run, known, number
+from .run_files import (
+    ABS_DIFF,
+    ARMS,
+    FLIPPED_CODES,
+    K3_KL,
+    REWARD,
+    SYNC_BYTES,
+    SYNC_SECONDS,
+    SYNC_VERSION,
+    Run,
+    known,
+    number,
+)
 
 
 def headline(run: Run) -> str:
@@ -115,6 +127,10 @@ def _charts(run: Run) -> str:
     if any(known(arm.flipped_codes) for arm in run.arms):
         changed = chart(FLIPPED_CODES, "Changed codes per step", f"Means: {flips}", log=True)
         cards.append(_card("4-bit codes changed since the last sync", "Fraction of all codes.", changed))
+    if any(known(arm.sync_seconds) for arm in run.arms):
+        medians = listed({a.name: small(a.sync_seconds) for a in run.arms})
+        seconds = chart(SYNC_SECONDS, "Seconds of a sync per step", f"Medians: {medians}", log=True)
+        cards.append(_card("Seconds of a sync", "Packing, sending and loading; without sleeping and waking.", seconds))
     subtitle = (
         "k3 estimate of KL(rollout ‖ trainer) per response token, logarithmic axis; lower is better. "
         "Thin lines are single steps, strong lines moving means."
@@ -153,6 +169,8 @@ def _arm_name(name: str) -> str:
 def _summary_table(run: Run) -> str:
     head = ["arm", "steps", "k3 KL", "relative to bf16", "KL", "mean |Δ log p|", "reward, first quarter"]
     head += ["reward, last quarter", "rise in standard errors", "bytes a sync", "codes changed a step"]
+    told = any(known(arm.sync_version) for arm in run.arms)
+    head += ["seconds a sync, median", "last version"] if told else []
     rows = [
         [
             _arm_name(arm.name),
@@ -166,6 +184,7 @@ def _summary_table(run: Run) -> str:
             small(number(arm.summary.get("reward_rise_in_standard_errors"))),
             byte_size(arm.sync_bytes),
             percent(arm.flipped_codes),
+            *([small(arm.sync_seconds), small(arm.sync_version)] if told else []),
         ]
         for arm in run.arms
     ]
@@ -178,11 +197,15 @@ def _step_table(run: Run) -> str:
     steps = sorted({step for arm in arms for step in arm.column("step") if known(step)})
     shown = steps[:: math.ceil(len(steps) / 200)] if steps else []
     by_step = {arm.name: dict(zip(arm.column("step"), arm.rows, strict=True)) for arm in arms}
-    head = ["step", *(f"{escape(a.name)} {kind}" for kind in ("k3 KL", "reward") for a in arms)]
+    kinds = {K3_KL: ("k3 KL", small), REWARD: ("reward", small)}
+    if any(known(arm.sync_version) for arm in arms):
+        kinds |= {SYNC_SECONDS: ("sync seconds", small), SYNC_BYTES: ("sync bytes", byte_size)}
+        kinds |= {SYNC_VERSION: ("version", small)}
+    head = ["step", *(f"{escape(a.name)} {kind}" for kind, _ in kinds.values() for a in arms)]
     rows = []
     for step in shown:
-        cells = [by_step[a.name].get(step, {}).get(key) for key in (K3_KL, REWARD) for a in arms]
-        rows.append([f"{step:g}", *(small(number(cell)) for cell in cells)])
+        cells = [form(number(by_step[a.name].get(step, {}).get(key))) for key, (_, form) in kinds.items() for a in arms]
+        rows.append([f"{step:g}", *cells])
     return f"<details><summary>Every step as a table</summary>{_table(head, rows)}</details>" if rows else ""
 
 

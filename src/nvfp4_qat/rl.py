@@ -28,22 +28,27 @@ The model's own parameters are bf16, with fp32 masters in the optimizer (`nvfp4_
 compute with the same bf16 numbers and only rounding inside the two programs is left between them. Dropout is off
 (`eval`) for the same reason.
 
+What samples is either the engine of `nvfp4_qat.engine`, on the CPU like the trainer then, or vLLM
+(`nvfp4_qat.vllm_engine`), with the trainer on a GPU. Both take the same streams.
+
 Here are the arms and the loop. The steps 1 and 2 are `nvfp4_qat.rollouts`, the trainer's part of 3 and 4 is
 `nvfp4_qat.policy_update`, and the formulas with their sources are in `nvfp4_qat.grpo`.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import QATConfig
-from .core import apply_qat
-from .demo_config import DemoConfig
-from .engine import RolloutEngine
+from .core import apply_qat, qat_plan
+from .demo_config import TRAINER_GPU, DemoConfig
+from .engine import RolloutEngine, SamplingEngine
 from .grpo import group_advantages, overlong_penalty, policy_loss
 from .masters import MasterAdamW
 from .metrics import FlipTracker, rollout_metrics
@@ -60,6 +65,7 @@ __all__ = [
     "Graded",
     "Group",
     "Stream",
+    "arm_plan",
     "collate",
     "collect",
     "group_advantages",
@@ -103,14 +109,53 @@ def prepare_arm(model: nn.Module, arm: str, policy: str = "pow2") -> Callable[[]
     """
     if arm == "bf16":
         return lambda: plain_weights(model)
-    config = QATConfig(enable=True, global_scale=policy)
-    if arm == "qat-ffn":
-        config = replace(config, ignore_patterns=(*config.ignore_patterns, ATTENTION))
+    config = _arm_config(arm, policy)
     if arm == "noqat":
         quantizer = QATQuantizer(config, QuantPlan.from_model(model, config), layout="fused")
         return lambda: quantizer.quantize(plain_weights(model))
     apply_qat(model, config)
     return lambda: packed_weights(model, layout="fused")
+
+
+def arm_plan(model: nn.Module, arm: str, policy: str = "pow2") -> QuantPlan:
+    """What of an arm's stream is 4-bit.
+
+    Args:
+        model: after `prepare_arm`.
+        arm, policy: as there.
+    """
+    if arm.startswith("qat"):
+        return qat_plan(model)
+    plan = QuantPlan.from_model(model, _arm_config(arm, policy))
+    return plan.unquantized() if arm == "bf16" else plan
+
+
+def _arm_config(arm: str, policy: str) -> QATConfig:
+    config = QATConfig(enable=True, global_scale=policy)
+    if arm == "qat-ffn":
+        config = replace(config, ignore_patterns=(*config.ignore_patterns, ATTENTION))
+    return config
+
+
+def trainer_device(cfg: DemoConfig) -> torch.device:
+    """Where the trainer computes: on a GPU where vLLM samples on one."""
+    return torch.device(TRAINER_GPU if cfg.rollout == "vllm" else "cpu")
+
+
+def start_engine(model: nn.Module, arm: str, stops: set[int], cfg: DemoConfig) -> SamplingEngine:
+    """Start what samples for an arm; it has no weights to speak of before its first `load`.
+
+    Args:
+        model: after `prepare_arm`, on `trainer_device`.
+        arm: its name.
+        stops: token ids that end a response.
+        cfg: which engine.
+    """
+    if cfg.rollout == "builtin":
+        return RolloutEngine(model.config, stops)
+    from .vllm_engine import VllmEngine
+
+    return VllmEngine(model, arm_plan(model, arm), stops, cfg)
 
 
 def train_arm(
@@ -139,30 +184,31 @@ def train_arm(
     skip(len(log.rows))
     if len(log.rows) >= cfg.steps:
         return
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(base).to(trainer_device(cfg))
     stream = prepare_arm(model, arm)
     optimizer = MasterAdamW((p for p in model.parameters() if p.requires_grad), cfg.lr, cfg.weight_decay)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-    engine = RolloutEngine(base.config, stop_ids(base, tokenizer))
     flips = FlipTracker()
-    engine.load(flips.watch(stream()))
-    for step in range(len(log.rows), cfg.steps):
-        row = train_step(model, optimizer, engine, task, tokenizer, cfg, step)
-        started = time.perf_counter()
-        row["sync_bytes"] = engine.load(flips.watch(stream()))
-        row |= flips.rate.fractions() if flips.rate is not None else {}
-        row["time/sync"] = time.perf_counter() - started
-        row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
-        log.step(row, {"optimizer": optimizer.state_dict()})
-        progress(row)
+    with contextlib.closing(start_engine(model, arm, stop_ids(base, tokenizer), cfg)) as engine:
+        engine.load(stream())
+        flips.count(stream())
+        for step in range(len(log.rows), cfg.steps):
+            row = train_step(model, optimizer, engine, task, tokenizer, cfg, step)
+            started = time.perf_counter()
+            row |= engine.load(stream()).figures()
+            row["time/sync"] = time.perf_counter() - started
+            row |= flips.count(stream())  # on its own: counting is no part of a sync
+            row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
+            log.step(row, {"optimizer": optimizer.state_dict()})
+            progress(row)
     log.finish()
 
 
 def train_step(
     model: nn.Module,
     optimizer: MasterAdamW,
-    engine: RolloutEngine,
+    engine: SamplingEngine,
     task: Task,
     tokenizer: Any,
     cfg: DemoConfig,
@@ -176,7 +222,9 @@ def train_step(
     clock = [time.perf_counter()]
     kept, drawn, batches = collect(engine, task, tokenizer, cfg, step)
     clock.append(time.perf_counter())
-    batch = collate(kept or drawn[: cfg.prompts], tokenizer.pad_token_id)
+    engine.sleep()
+    clock.append(time.perf_counter())
+    batch = collate(kept or drawn[: cfg.prompts], tokenizer.pad_token_id).to(trainer_device(cfg))
     old, entropy = old_logprobs(model, batch, cfg)
     mismatch = rollout_metrics(old, batch.rollout_logprobs, batch.mask, rollout_is_threshold=cfg.tis or 2.0)
     clock.append(time.perf_counter())
@@ -195,8 +243,9 @@ def train_step(
         **trained,
         **mismatch,
         "time/rollout": clock[1] - clock[0],
-        "time/logprobs": clock[2] - clock[1],
-        "time/update": clock[3] - clock[2],
+        "time/sleep": clock[2] - clock[1],
+        "time/logprobs": clock[3] - clock[2],
+        "time/update": clock[4] - clock[3],
     }
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 from .live_broadcast import Broadcast, Group, joined
@@ -157,13 +157,16 @@ class Rollout:
         """
         raise_all([e for e in each(self._clients, Client.greet) if isinstance(e, Exception)])
 
-    def sync(self, model: nn.Module) -> SyncReport:
+    def sync(self, model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None = None) -> SyncReport:
         """Send a model's weights to all engines.
 
         Of a sharded model every rank calls this (those without engines are connected with an empty list).
 
         Args:
             model: the one the plan was made for.
+            weights: what to send, where that is not what a model after `apply_qat` trains with: as
+                ``QATQuantizer(plan.config, plan, layout="fused").quantize(...)`` gives it, or, for an engine that holds
+                no 4-bit weights (`QuantPlan.unquantized`), the model's own tensors by name. None: the packed weights.
 
         Raises:
             MismatchError: an engine refused the weights, and nothing was changed; or the update of some engines broke
@@ -185,7 +188,7 @@ class Rollout:
         update.begin(wire)
         with update:
             update.pause(self._in_flight)
-            update.send(packed_weights(model, layout="fused"))
+            update.send(packed_weights(model, layout="fused") if weights is None else weights)
             update.commit()
         extra = max((w.get("extra_bytes", 0) for client in self._clients for w in client.workers), default=0)
         fraction = update.changed / max(update.whole_bytes, 1) if compared else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .demo_config import DemoConfig
-from .engine import RolloutEngine, Sample, left_pad
+from .engine import Sample, SamplingEngine, left_pad
 from .grpo import group_advantages, overlong_penalty
 from .tasks import Task, encode_prompt
 
@@ -50,9 +50,13 @@ class Batch:
         """Some of the sequences."""
         return Batch(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
 
 def collect(
-    engine: RolloutEngine, task: Task, tokenizer: Any, cfg: DemoConfig, step: int
+    engine: SamplingEngine, task: Task, tokenizer: Any, cfg: DemoConfig, step: int
 ) -> tuple[list[Group], list[Group], int]:
     """Sample and grade the groups of one step, with dynamic sampling.
 

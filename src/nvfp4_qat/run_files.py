@@ -6,6 +6,7 @@ value is NaN here and not an error; only a directory without any run is one.
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ K3_KL = "rollout_corr/k3_kl"
 ABS_DIFF = "rollout_corr/logprob_abs_diff"
 REWARD = "reward"
 SYNC_BYTES = "sync_bytes"
+SYNC_SECONDS = "sync_seconds"
+SYNC_VERSION = "sync_version"
 FLIPPED_CODES = "flips/codes"
 
 ARMS = {
@@ -54,6 +57,17 @@ class Arm:
     @property
     def sync_bytes(self) -> float:
         return self.mean(SYNC_BYTES, "sync_bytes")
+
+    @property
+    def sync_seconds(self) -> float:
+        """Median; NaN of an engine that does not tell."""
+        told = [value for value in self.column(SYNC_SECONDS) if known(value)]
+        return statistics.median(told) if told else math.nan
+
+    @property
+    def sync_version(self) -> float:
+        """The last one; NaN of an engine that does not count."""
+        return self.column(SYNC_VERSION)[-1] if self.rows else math.nan
 
     @property
     def flipped_codes(self) -> float:
