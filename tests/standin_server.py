@@ -1,8 +1,8 @@
 """`vllm serve` as far as a trainer drives it: the development endpoints of vLLM 0.24, over `standin_vllm`.
 
 Paths, query parameters and bodies are those of ``vllm/entrypoints/serve/dev`` (0.24.0; 0.26.0 where ``told`` says that
-resets are reported). As a program, ``python standin_server.py SEED TP``, it prints its port and serves until its input
-ends.
+resets are reported; 0.15.0 where ``earlier`` says that the server holds requests back in front of the scheduler). As a
+program, ``python standin_server.py SEED TP``, it prints its port and serves until its input ends.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ class Server:
         llm: may be replaced while the server is up, like a replica that was started anew.
         dev: whether ``VLLM_SERVER_DEV_MODE=1``.
         told: whether the answer to a reset says how it went.
+        earlier: whether ``/pause`` holds requests back here, and nothing else does.
     """
 
-    def __init__(self, llm, dev=True, told=False):
+    def __init__(self, llm, dev=True, told=False, earlier=False):
+        self.earlier, self.open = earlier, threading.Event()
+        self.open.set()
         self.llm, self.dev, self.told = llm, dev, told
         self.log, self.slow, self.broken = [], {}, {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -43,6 +46,7 @@ class Server:
         core = self.llm.core
         self.log.append((path, query, body))
         if path == "/generate":
+            self.open.wait()
             return 200, core.add(body["prompt"]).result()
         if path == "/state":
             return 200, {"paused": core.paused, "waiting": len(core.waiting), "running": len(core.running)}
@@ -61,6 +65,11 @@ class Server:
         if path == "/collective_rpc":
             results = core.do(core.rpc, body["method"], tuple(body.get("args", [])))
             return 200, {"results": [r if r is None or isinstance(r, (dict, list)) else str(r) for r in results]}
+        if self.earlier and path in ("/pause", "/resume"):
+            self.open.set() if path == "/resume" else self.open.clear()
+            return 200, core.do(core.abort)
+        if self.earlier and path in ("/sleep", "/wake_up"):
+            raise NotImplementedError("it would go on with requests")
         if path == "/pause":
             core.do(core.pause, query.get("mode", ["abort"])[0], True)
             return 200, {"status": "paused"}
@@ -70,6 +79,8 @@ class Server:
         if path == "/reset_prefix_cache":
             done = core.do(core.reset, query.get("reset_running_requests", ["false"])[0] == "true")
             return 200, {"success": done} if self.told else None
+        if path == "/reset_encoder_cache" and not self.earlier:
+            return 200, core.do(core.reset_encoder)
         if path == "/sleep":
             core.do(core.sleep, int(query.get("level", ["1"])[0]), query.get("mode", ["abort"])[0])
             return 200, None

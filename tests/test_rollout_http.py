@@ -43,11 +43,11 @@ def test_a_server_is_synced_by_its_development_endpoints(server, transport, told
     engines.close()
     asked = [body["method"] if path == "/collective_rpc" else path for path, _, body in server.log]
     loads = {"shared": "nvfp4_load_shared", "broadcast": "nvfp4_load_broadcast"}[transport]
-    assert asked[:3] == ["nvfp4_status", "nvfp4_begin", "/pause"]
-    assert asked[-3:] == ["nvfp4_commit", "/reset_prefix_cache", "/wake_up"]
-    assert set(asked[3:-3]) == {loads} and len(asked) > 8
+    assert asked[:3] == ["nvfp4_status", "nvfp4_begin", "/sleep"]
+    assert asked[-4:] == ["nvfp4_commit", "/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
+    assert set(asked[3:-4]) == {loads} and len(asked) > 8
     queries = {path: query for path, query, _ in server.log}
-    assert queries["/pause"] == {"mode": ["abort"]} and queries["/wake_up"] == {"tags": ["scheduling"]}
+    assert queries["/sleep"] == {"level": ["0"], "mode": ["abort"]} and queries["/wake_up"] == {"tags": ["scheduling"]}
     assert queries["/reset_prefix_cache"] == {"reset_running_requests": ["true"]}
     for path, _, body in server.log:
         assert (body is None) == (path != "/collective_rpc") and (body is None or set(body) == {"method", "args"})
@@ -68,7 +68,7 @@ def test_control_messages_are_small(server):
 def test_requests_may_be_kept(server):
     model, plan = trainer(1)
     nq.Rollout.connect(server.url, plan, in_flight="keep").sync(model)
-    assert [query for path, query, _ in server.log if path == "/pause"] == [{"mode": ["keep"]}]
+    assert [query for path, query, _ in server.log if path == "/sleep"] == [{"level": ["0"], "mode": ["keep"]}]
 
 
 def test_servers_and_engines_of_this_process_are_updated_together(server):
@@ -94,7 +94,7 @@ def test_sleeping_and_waking(server):
     asked = [(path, query) for path, query, _ in server.log if path in ("/sleep", "/wake_up")]
     assert asked == [
         ("/sleep", {"level": ["2"], "mode": ["abort"]}), ("/wake_up", {"tags": ["weights"]}),
-        ("/wake_up", {"tags": ["scheduling"]}), ("/wake_up", {}),
+        ("/sleep", {"level": ["0"], "mode": ["abort"]}), ("/wake_up", {"tags": ["scheduling"]}), ("/wake_up", {}),
     ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_a_server_that_is_something_else(server, said):
         nq.Rollout.connect(server.url, trainer(1)[1])
 
 
-@pytest.mark.parametrize("slow", ["nvfp4_load_shared", "nvfp4_commit", "/pause"])
+@pytest.mark.parametrize("slow", ["nvfp4_load_shared", "nvfp4_commit", "/sleep"])
 def test_a_server_that_does_not_answer_in_time(server, slow):
     model, plan = trainer(1)
     engines = nq.Rollout.connect(server.url, plan, timeout=20.0)
@@ -181,7 +181,7 @@ def test_a_server_that_does_not_answer_in_time(server, slow):
     engines._clients[0].engine._timeout = 1.0
     server.slow[slow] = 1.8
     perturb(model, 2)
-    message = f"{server.url} did not answer (/collective_rpc|/pause) within 1 s"
+    message = f"{server.url} did not answer (/collective_rpc|/sleep) within 1 s"
     with pytest.raises((MismatchError, UserError), match=message):
         engines.sync(model)
     server.slow.clear()
@@ -192,7 +192,7 @@ def test_a_server_that_does_not_answer_in_time(server, slow):
     assert answered(server) == [2] * 4 and engines.versions == [report.version]
 
 
-@pytest.mark.parametrize("broken", ["/pause", "nvfp4_begin", "nvfp4_load_shared", "/reset_prefix_cache", "/wake_up"])
+@pytest.mark.parametrize("broken", ["/sleep", "nvfp4_begin", "nvfp4_load_shared", "/reset_prefix_cache", "/wake_up"])
 def test_a_server_that_answers_with_an_error(server, broken):
     model, plan = trainer(1)
     engines = nq.Rollout.connect(server.url, plan)

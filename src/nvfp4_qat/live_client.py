@@ -23,14 +23,15 @@ class Client:
     Args:
         engine: connected; it may be another one behind the same address later on.
         plan: what it is to quantize.
+        in_flight: what syncs do with requests that are being answered.
 
     Raises:
-        UserError: the engine was not started with the worker extension.
+        UserError: the engine was not started with the worker extension, or cannot be paused.
         MismatchError: another version of this package is there, or it quantizes other layers.
     """
 
-    def __init__(self, engine: Engine, plan: QuantPlan) -> None:
-        self.engine, self.plan = engine, plan
+    def __init__(self, engine: Engine, plan: QuantPlan, in_flight: InFlight = "abort") -> None:
+        self.engine, self.plan, self._in_flight = engine, plan, in_flight
         self.workers: list[dict[str, Any]] = []
         """What each worker said of itself."""
         self.restarted = False
@@ -68,6 +69,7 @@ class Client:
                 f"{self.engine.name} has nvfp4-qat {', '.join(others)}, which cannot talk to this version: install the "
                 "same version on both sides"
             )
+        self.engine.suits(workers[0]["vllm"], self._in_flight)
         self._audit(workers)
         self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
         self.workers = workers

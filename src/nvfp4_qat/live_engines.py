@@ -1,22 +1,33 @@
 """Engines as a trainer sees them: a way to call the workers, and control of the scheduler.
 
-`LocalEngine` drives a `vllm.LLM` that this program made; `live_http.HttpEngine` drives a server. What is said to the
-workers and in which order is `live_client`'s matter.
+`LocalEngine` drives a `vllm.LLM` that this program made, `live_async.AsyncEngine` a `vllm.AsyncLLM`, and
+`live_http.HttpEngine` a server. What is said to the workers and in which order is `live_client`'s matter.
+
+An engine is paused by sleeping at level 0, which vLLM knows since 0.17: the scheduler rests, and requests are queued.
+In 0.15 and 0.16 `AsyncLLM` and a server hold requests back in front of the scheduler, and an `LLM` cannot be paused.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from .errors import MismatchError
+from .errors import MismatchError, UserError
 
 InFlight = Literal["abort", "keep"]
 """What becomes of requests that are being answered when an update comes."""
 
 ATTEMPTS = 20
 """How often the prefix cache is asked to be reset; it may have to wait for blocks that are being moved."""
+
+
+TIMEOUT = 300.0
+"""Seconds that an engine may take for one step."""
+
+PAUSING_SCHEDULER = (0, 17)
+"""The first minor release of vLLM whose scheduler can be paused."""
 
 
 class Engine(Protocol):
@@ -27,6 +38,17 @@ class Engine(Protocol):
 
     by_reference: bool
     """Whether tensors may be arguments of calls to workers of this process."""
+
+    def suits(self, vllm: str | None, in_flight: InFlight) -> None:
+        """Get to know which vLLM there is, before anything else but `call`.
+
+        Args:
+            vllm: its version.
+            in_flight: what will be done with requests that are being answered.
+
+        Raises:
+            UserError: this version cannot be paused like that.
+        """
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `vllm.LiveWeights` on every worker.
@@ -47,7 +69,9 @@ class Engine(Protocol):
         """
 
     def reset_cache(self) -> None:
-        """Forget what was computed with the weights of before; kept requests compute their context anew.
+        """Forget what was computed with the weights of before, outputs of vision encoders too.
+
+        Kept requests compute their context anew.
 
         Raises:
             MismatchError: the engine did not do it.
@@ -79,6 +103,13 @@ class LocalEngine:
     def __init__(self, llm: Any, name: str = "the engine") -> None:
         self._llm, self.name = llm, name
 
+    def suits(self, vllm: str | None, in_flight: InFlight) -> None:
+        if older(vllm):
+            raise UserError(
+                f"{self.name} is an LLM of vLLM {vllm}, which cannot be paused: install vLLM "
+                f"{'.'.join(map(str, PAUSING_SCHEDULER))} or later, or use an AsyncLLM or `vllm serve`"
+            )
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         # Without vLLM's timeout: after it, later calls would get the answers to earlier ones (vLLM 0.24).
         found: list[Any] = self._llm.collective_rpc(method, args=arguments)
@@ -89,6 +120,7 @@ class LocalEngine:
 
     def reset_cache(self) -> None:
         until_reset(lambda: bool(self._llm.reset_prefix_cache(reset_running_requests=True)))
+        self._llm.llm_engine.reset_encoder_cache()
 
     def resume(self) -> None:
         self._llm.wake_up(tags=["scheduling"])
@@ -101,6 +133,49 @@ class LocalEngine:
 
     def address(self) -> str:
         return "127.0.0.1"
+
+
+def release(version: str | None) -> tuple[int, int] | None:
+    """Major and minor number of a version of vLLM; None if it says none, as one that was built from source."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+
+def older(vllm: str | None) -> bool:
+    """Whether the scheduler of this version cannot be paused."""
+    return (release(vllm) or PAUSING_SCHEDULER) < PAUSING_SCHEDULER
+
+
+class PausedBefore:
+    """Whether an engine holds requests back in front of its scheduler; true for vLLM 0.15 and 0.16.
+
+    Args:
+        name: of the engine, in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._vllm = name, ""
+
+    def __bool__(self) -> bool:
+        return bool(self._vllm)
+
+    def check(self, vllm: str | None, in_flight: InFlight) -> None:
+        """Take note of the version.
+
+        Raises:
+            UserError: it cannot keep requests over an update.
+        """
+        self._vllm = vllm if vllm is not None and older(vllm) else ""
+        if in_flight == "keep":
+            self.refuse("keep requests over an update")
+
+    def refuse(self, what: str) -> None:
+        """Raise for what such an engine cannot do while it holds requests back."""
+        if self:
+            raise UserError(
+                f"{self._name} has vLLM {self._vllm}, which cannot {what} and hold new requests back: install vLLM "
+                f"{'.'.join(map(str, PAUSING_SCHEDULER))} or later"
+            )
 
 
 def until_reset(reset: Any) -> None:

@@ -1,8 +1,9 @@
 """`HttpEngine`: a ``vllm serve`` driven by its development endpoints. Only control messages go this way, no tensors.
 
-Endpoints and forms are those of vLLM 0.24 and 0.26 (``vllm/entrypoints/serve/dev``): ``POST /collective_rpc`` with
-``{"method", "args"}`` answers ``{"results": [...]}``; ``/pause?mode=``, ``/reset_prefix_cache?…``,
-``/sleep?level=&mode=`` and ``/wake_up?tags=`` take query parameters.
+Endpoints and forms are those of vLLM 0.17 to 0.33 (``vllm/entrypoints/serve``): ``POST /collective_rpc`` with
+``{"method", "args"}`` answers ``{"results": [...]}``; ``/reset_prefix_cache?…``, ``/sleep?level=&mode=`` and
+``/wake_up?tags=`` take query parameters. Level 0 pauses. ``/pause`` is for 0.15 and 0.16 only: that of 0.33 refuses new
+requests, and ``/resume`` would also start an engine of which some memory still sleeps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from .errors import MismatchError, UserError
-from .live_engines import InFlight, until_reset
+from .live_engines import TIMEOUT, InFlight, PausedBefore, until_reset
 
 
 class HttpEngine:
@@ -34,7 +35,7 @@ class HttpEngine:
 
     by_reference = False
 
-    def __init__(self, url: str, timeout: float = 300.0, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, url: str, timeout: float = TIMEOUT, headers: Mapping[str, str] | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{url!r} is not the URL of a server: it should look like http://127.0.0.1:8000")
@@ -42,6 +43,10 @@ class HttpEngine:
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._path, self._secure = parts.path.rstrip("/"), parts.scheme == "https"
         self._timeout, self._headers = timeout, dict(headers or {})
+        self._before = PausedBefore(self.name)
+
+    def suits(self, vllm: str | None, in_flight: InFlight) -> None:
+        self._before.check(vllm, in_flight)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         answer = self._post("/collective_rpc", {"method": method, "args": list(arguments)})
@@ -50,22 +55,28 @@ class HttpEngine:
         return list(answer["results"])
 
     def pause(self, in_flight: InFlight) -> None:
-        self._post(f"/pause?{urlencode({'mode': in_flight})}")
+        self._post(
+            "/pause?clear_cache=false" if self._before else f"/sleep?{urlencode({'level': 0, 'mode': in_flight})}"
+        )
 
     def reset_cache(self) -> None:
         until_reset(self._reset)
+        if not self._before:
+            self._post("/reset_encoder_cache")
 
     def _reset(self) -> bool:
         answer = self._post("/reset_prefix_cache?reset_running_requests=true")
         return not isinstance(answer, dict) or bool(answer.get("success", True))  # 0.24 does not say
 
     def resume(self) -> None:
-        self.wake_up(["scheduling"])  # unlike /resume this leaves an engine paused of which some memory still sleeps
+        self._post("/resume" if self._before else "/wake_up?tags=scheduling")
 
     def sleep(self, level: int) -> None:
+        self._before.refuse("sleep")
         self._post(f"/sleep?{urlencode({'level': level, 'mode': 'abort'})}")
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        self._before.refuse("wake up")
         self._post(f"/wake_up?{urlencode([('tags', tag) for tag in tags or ()])}".rstrip("?"))
 
     def address(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import MismatchError, UserError
+from .live_async import refuse_own_loop
 from .live_buckets import Sender
 from .live_changes import Changes, Snapshot, to_pieces
 from .live_client import Client
@@ -161,7 +162,11 @@ class Update:
 
 
 def each(items: Iterable[Any], step: Callable[[Any], Any]) -> list[Any]:
-    """Do something with each engine at once; what came out, an exception included, in their order."""
+    """Do something with each engine at once; what came out, an exception included, in their order.
+
+    Raises:
+        UserError: this thread must not be blocked; see `live_async`.
+    """
 
     def safely(item: Any) -> Any:
         try:
@@ -170,6 +175,7 @@ def each(items: Iterable[Any], step: Callable[[Any], Any]) -> list[Any]:
             return error
 
     items = list(items)
+    refuse_own_loop(getattr(item, "engine", item) for item in items)  # what is done with engines, or their clients
     if len(items) < 2:
         return [safely(item) for item in items]
     with ThreadPoolExecutor(len(items)) as pool:

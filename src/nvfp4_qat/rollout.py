@@ -7,6 +7,7 @@ requests to it wait: it never answers from a mixture, and the next sync makes it
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 import uuid
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .live_async import AsyncEngine, in_thread, is_async
 from .live_broadcast import Broadcast, Group, joined
 from .live_buckets import BUCKET, Direct, Sender, SharedMemory
 from .live_changes import Layout, Snapshot
 from .live_client import EXTENSION as EXTENSION
 from .live_client import Client
-from .live_engines import Engine, InFlight, LocalEngine
+from .live_engines import TIMEOUT, Engine, InFlight, LocalEngine
 from .live_http import HttpEngine
 from .live_manifest import manifest, to_wire
 from .live_memory import device_name, machine, process
@@ -75,7 +77,7 @@ class Rollout:
         in_flight: InFlight = "abort",
         transport: Transport = "auto",
         bucket_bytes: int = BUCKET,
-        timeout: float = 300.0,
+        timeout: float = TIMEOUT,
         address: str | None = None,
         changes: bool = False,
     ) -> None:
@@ -92,7 +94,7 @@ class Rollout:
         self._changes = changes
         self._snapshot: Snapshot | None = None
         self._clients: list[Client] = []
-        found = each(engines, lambda engine: Client(engine, plan))
+        found = each(engines, lambda engine: Client(engine, plan, in_flight))
         raise_all([error for error in found if isinstance(error, Exception)])
         self._clients = [client for client in found if isinstance(client, Client)]
         self._groups: dict[Client, tuple[str, Group]] = {}
@@ -106,15 +108,16 @@ class Rollout:
         in_flight: InFlight = "abort",
         transport: Transport = "auto",
         bucket_bytes: int = BUCKET,
-        timeout: float = 300.0,
+        timeout: float = TIMEOUT,
         address: str | None = None,
         changes: bool = False,
     ) -> Rollout:
         """Connect with engines.
 
         Args:
-            engine: a `vllm.LLM`, the URL of a ``vllm serve`` (``http://host:port``), or a list of such; each started
-                with the worker extension. An empty list is for ranks of a sharded model that only take part in packing.
+            engine: a `vllm.LLM` or `vllm.AsyncLLM`, the URL of a ``vllm serve`` (``http://host:port``), or a list of
+                such; each started with the worker extension. An empty list is for ranks of a sharded model that only
+                take part in packing.
             plan: of the model whose weights they are to get.
             in_flight: what a sync does with requests that are being answered: "abort" ends them, "keep" lets them go on
                 with the new weights, their context computed anew.
@@ -127,17 +130,25 @@ class Rollout:
                 the packed weights for it, and engines about a ninth of theirs.
 
         Raises:
-            UserError: an engine cannot be reached, or was not started with the worker extension; a bad argument.
+            UserError: an engine cannot be reached, or was not started with the worker extension; a bad argument; this
+                thread has the event loop of an `AsyncLLM`.
             MismatchError: an engine quantizes other layers than the plan, or has another version of this package.
         """
-        engines = list(engine) if isinstance(engine, (list, tuple)) else [engine]
-        named = [
-            _engine(e, f"engine {i}" if len(engines) > 1 else "the engine", timeout) for i, e in enumerate(engines)
-        ]
         return cls(
-            named, plan, in_flight=in_flight, transport=transport, bucket_bytes=bucket_bytes, timeout=timeout,
-            address=address, changes=changes,
+            _engines(engine, timeout), plan, in_flight=in_flight, transport=transport, bucket_bytes=bucket_bytes,
+            timeout=timeout, address=address, changes=changes,
         )  # fmt: skip
+
+    @classmethod
+    async def connect_async(cls, engine: Any, plan: QuantPlan, **options: Any) -> Rollout:
+        """`connect` within an event loop, as one has with a `vllm.AsyncLLM`.
+
+        Args:
+            engine, plan, options: see `connect`. An engine that has not been used yet is used in this loop.
+        """
+        loop = asyncio.get_running_loop()
+        engines = _engines(engine, options.get("timeout", TIMEOUT), loop)
+        return await in_thread(functools.partial(cls.connect, engines, plan, **options))
 
     @property
     def versions(self) -> list[int | None]:
@@ -194,6 +205,17 @@ class Rollout:
         fraction = update.changed / max(update.whole_bytes, 1) if compared else None
         seconds = time.perf_counter() - start
         return SyncReport(version, update.tensors, update.bytes, seconds, extra, restarted, fraction)
+
+    async def sync_async(self, model: nn.Module) -> SyncReport:
+        """`sync` within an event loop, which goes on meanwhile.
+
+        It runs in a thread of its own on this one's GPU and CUDA stream, after what is queued there. Until it returns
+        nothing else may change or shard the model. A task that is cancelled ends when the sync has ended.
+
+        Args:
+            model: see `sync`.
+        """
+        return await in_thread(self.sync, model)
 
     def _kept(self, entries: Sequence[Incoming], model: nn.Module) -> Snapshot | None:
         """The packed weights of the last sync, where changes are wanted; on ranks with engines."""
@@ -276,15 +298,23 @@ class Rollout:
         return group, name
 
 
-def _engine(engine: Any, name: str, timeout: float) -> Engine:
+def _engines(engine: Any, timeout: float, loop: asyncio.AbstractEventLoop | None = None) -> list[Engine]:
+    engines = list(engine) if isinstance(engine, (list, tuple)) else [engine]
+    names = [f"engine {i}" for i in range(len(engines))] if len(engines) > 1 else ["the engine"]
+    return [_engine(e, name, timeout, loop) for e, name in zip(engines, names, strict=False)]
+
+
+def _engine(engine: Any, name: str, timeout: float, loop: asyncio.AbstractEventLoop | None) -> Engine:
     if isinstance(engine, str):
         return HttpEngine(engine, timeout)
+    if is_async(engine):
+        return AsyncEngine(engine, name, timeout, loop)
     if hasattr(engine, "collective_rpc"):
         return LocalEngine(engine, name)
     if all(hasattr(engine, name) for name in ("call", "pause", "resume")):
         found: Engine = engine
         return found
-    raise UserError(f"{type(engine).__name__} is no engine: connect a vllm.LLM, a URL, or a list of them")
+    raise UserError(f"{type(engine).__name__} is no engine: connect a vllm.LLM or AsyncLLM, a URL, or a list of them")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -18,7 +18,6 @@ import functools
 import importlib.metadata
 import json
 import logging
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from .errors import UserError
 from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
 from .live_changes import PIECE_NAME, Layout, from_pieces
+from .live_engines import release
 from .live_manifest import from_wire
 from .live_memory import Shared, device_name, machine, open_shared, process
 from .live_model import LiveModel
@@ -241,10 +241,10 @@ class LiveWeights:
 
 def _supported(found: str | None) -> None:
     """Refuse a vLLM that this was never tried with."""
-    numbers = re.match(r"(\d+)\.(\d+)", found or "")
-    if numbers is None:
+    number = release(found)
+    if number is None:
         return  # built from source without a version: whoever does so knows
-    if not SUPPORTED[0] <= (int(numbers[1]), int(numbers[2])) <= SUPPORTED[1]:
+    if not SUPPORTED[0] <= number <= SUPPORTED[1]:
         first, last = (".".join(map(str, version)) for version in SUPPORTED)
         raise UserError(
             f"vLLM {found} is not supported: live weights were tried with {first} to {last}; install one of these, or "
