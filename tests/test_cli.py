@@ -260,14 +260,18 @@ def test_demo_then_report(tmp_path, capsys):
 
 def test_interrupting_the_demo_leaves_a_report(tmp_path):
     out = tmp_path / "run"
-    options = (*SMALL_DEMO, "--steps", 500, "--cache", tmp_path / "cache")
+    options = (*SMALL_DEMO, "--steps", 5000, "--cache", tmp_path / "cache")
     process = started("demo", "--arms", "bf16", "--out", out, *options)
     deadline = time.monotonic() + 120
     while not (out / "metrics-bf16.jsonl").exists() or not (out / "metrics-bf16.jsonl").read_text().count("\n"):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=15)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that comes while a finalizer runs
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err and "--resume continues" in err and err.endswith("nvfp4-qat: interrupted\n")
     assert "not complete" in (out / "report.html").read_text(encoding="utf-8")
