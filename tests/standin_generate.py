@@ -127,7 +127,10 @@ class LLM:
         self.config = AutoConfig.from_pretrained(self.model)
         self.config.__dict__.pop("quantization_config", None)
         self.worker = Worker(tensors)
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shutdown))
+        self.llm_engine = SimpleNamespace(
+            engine_core=SimpleNamespace(shutdown=self._shutdown),
+            reset_encoder_cache=lambda: self._called("reset_encoder_cache"),
+        )
 
     def _shutdown(self):
         self.ended = True
