@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_the_prefix_cache_is_reset_before_an_engine_goes_on(monkeypatch):
         engines.sync(model)
     waiting, answer = waits(llm)
     assert waiting
-    engines._in_flight = "keep"
+    engines._options = replace(engines._options, in_flight="keep")
     engines.sync(model)
     assert whole(answer.result(20), OF_SEED) == [2] * 4
 
@@ -264,7 +265,7 @@ def test_after_an_error_of_the_sender_requests_wait_until_the_next_sync(transpor
     waiting, answer = waits(llm)
     assert waiting and engines.versions == [None]
     assert not worker(llm, "nvfp4_status")["ok"]["updating"]
-    engines._in_flight = "keep"
+    engines._options = replace(engines._options, in_flight="keep")
     assert engines.sync(model).version == 2
     assert whole(answer.result(20), OF_SEED) == [2] * 4
     engines.close()

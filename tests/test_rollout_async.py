@@ -89,6 +89,37 @@ def test_a_coroutine_syncs_while_the_loop_goes_on_and_requests_wait(in_flight, m
     asyncio.run(main())
 
 
+def test_a_coroutine_syncs_other_weights_than_the_model_has():
+    """They are taken in the thread of the sync, so that the loop goes on."""
+    (model, plan), (other, _) = trainer(1), trainer(2)
+    threads = set()
+
+    def weights():
+        for pair in nq.packed_weights(other, layout="fused"):
+            threads.add(threading.current_thread())
+            yield pair
+
+    async def main():
+        llm = AsyncLLM(packed(0))
+        engines = await Rollout.connect_async(llm, plan)
+        await engines.sync_async(model, weights=weights())
+        assert await answered(llm) == 2
+        await engines.sync_async(model)
+        assert await answered(llm) == 1
+
+    asyncio.run(main())
+    assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+@pytest.mark.parametrize("option", [{"transport": "ipc"}, {"timeout": -1}])
+def test_options_are_the_same_within_a_loop(option):
+    async def main():
+        await Rollout.connect_async(AsyncLLM(packed(0)), trainer(1)[1], **option)
+
+    with pytest.raises(UserError, match="is none of 'auto'|must both be positive"):
+        asyncio.run(main())
+
+
 def test_a_sync_in_another_thread_than_the_loop_s(monkeypatch):
     model, plan = trainer(1)
     with a_loop() as (run, _):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import MismatchError, StaleWeightsError, UserError
     from .experts import QATExperts
     from .linear import QATLinear
+    from .live_options import RolloutOptions
     from .metrics import rollout_metrics
     from .ops import PackedNVFP4, amax, fake_quantize, global_scale, quantize
     from .plan import QuantPlan
@@ -29,6 +30,7 @@ _HOME = {
     "errors": ("MismatchError", "StaleWeightsError", "UserError"),
     "experts": ("QATExperts",),
     "linear": ("QATLinear",),
+    "live_options": ("RolloutOptions",),
     "metrics": ("rollout_metrics",),
     "ops": ("PackedNVFP4", "amax", "fake_quantize", "global_scale", "quantize"),
     "plan": ("QuantPlan",),
@@ -46,6 +48,7 @@ __all__ = [
     "QATQuantizer",
     "QuantPlan",
     "Rollout",
+    "RolloutOptions",
     "StaleWeightsError",
     "SyncReport",
     "UserError",

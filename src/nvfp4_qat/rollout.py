@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,19 @@ from torch import Tensor, nn
 from .errors import UserError
 from .live_async import AsyncEngine, in_thread, is_async
 from .live_broadcast import Broadcast, Group, joined
-from .live_buckets import BUCKET, Direct, Sender, SharedMemory
+from .live_buckets import Direct, Sender, SharedMemory
 from .live_changes import Layout, Snapshot
 from .live_client import EXTENSION as EXTENSION
 from .live_client import Client
-from .live_engines import TIMEOUT, Engine, InFlight, LocalEngine
+from .live_engines import Engine, LocalEngine
 from .live_http import HttpEngine
 from .live_manifest import manifest, to_wire
 from .live_memory import device_name, machine, process
+from .live_options import RolloutOptions
 from .live_recipe import Incoming
 from .live_update import Update, each, raise_all
 from .plan import QuantPlan
 from .quantizer import packed_weights
-
-Transport = Literal["auto", "direct", "shared", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -66,78 +65,36 @@ class Rollout:
     Args:
         engines: connected.
         plan: of the model.
-        in_flight, transport, bucket_bytes, timeout, address: see `connect`.
+        options: how to connect and update them.
     """
 
-    def __init__(
-        self,
-        engines: Sequence[Engine],
-        plan: QuantPlan,
-        *,
-        in_flight: InFlight = "abort",
-        transport: Transport = "auto",
-        bucket_bytes: int = BUCKET,
-        timeout: float = TIMEOUT,
-        address: str | None = None,
-        changes: bool = False,
-    ) -> None:
-        for name, value, allowed in (
-            ("in_flight", in_flight, get_args(InFlight)),
-            ("transport", transport, get_args(Transport)),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
-        if bucket_bytes <= 0 or timeout <= 0:
-            raise UserError(f"bucket_bytes={bucket_bytes} and timeout={timeout} must both be positive")
-        self.plan, self._in_flight, self._transport = plan, in_flight, transport
-        self._limit, self._timeout, self._address = bucket_bytes, timeout, address
-        self._changes = changes
+    def __init__(self, engines: Sequence[Engine], plan: QuantPlan, options: RolloutOptions) -> None:
+        self.plan, self._options = plan, options
         self._snapshot: Snapshot | None = None
         self._clients: list[Client] = []
-        found = each(engines, lambda engine: Client(engine, plan, in_flight))
+        found = each(engines, lambda engine: Client(engine, plan, options.in_flight))
         raise_all([error for error in found if isinstance(error, Exception)])
         self._clients = [client for client in found if isinstance(client, Client)]
         self._groups: dict[Client, tuple[str, Group]] = {}
 
     @classmethod
-    def connect(
-        cls,
-        engine: Any,
-        plan: QuantPlan,
-        *,
-        in_flight: InFlight = "abort",
-        transport: Transport = "auto",
-        bucket_bytes: int = BUCKET,
-        timeout: float = TIMEOUT,
-        address: str | None = None,
-        changes: bool = False,
-    ) -> Rollout:
+    def connect(cls, engine: Any, plan: QuantPlan, **options: Any) -> Rollout:
         """Connect with engines.
 
         Args:
             engine: a `vllm.LLM` or `vllm.AsyncLLM`, the URL of a ``vllm serve`` (``http://host:port``), or a list of
-                such; each started with the worker extension. An empty list is for ranks of a sharded model that only
-                take part in packing.
+                such; each started with the worker extension. An empty list is for ranks of a sharded model that only take part
+                in packing.
             plan: of the model whose weights they are to get.
-            in_flight: what a sync does with requests that are being answered: "abort" ends them, "keep" lets them go on
-                with the new weights, their context computed anew.
-            transport: how tensors travel: "direct" to workers of this process, "shared" to those of this machine,
-                "broadcast" to any, by NCCL. "auto" takes the first that works.
-            bucket_bytes: tensors are sent in buckets of this size, of which there are two.
-            timeout: seconds that an engine may take for one step.
-            address: of this machine, as the workers reach it, for "broadcast"; by default found out.
-            changes: send only what changed since the last sync to engines that have that. The trainer keeps a copy of
-                the packed weights for it, and engines about a ninth of theirs.
+            options: those of `RolloutOptions`: in_flight, transport, bucket_bytes, timeout, address, changes.
 
         Raises:
-            UserError: an engine cannot be reached, or was not started with the worker extension; a bad argument; this
-                thread has the event loop of an `AsyncLLM`.
+            UserError: an engine cannot be reached, or was not started for live weights; a bad option; this thread has
+                the event loop of an `AsyncLLM`.
             MismatchError: an engine quantizes other layers than the plan, or has another version of this package.
         """
-        return cls(
-            _engines(engine, timeout), plan, in_flight=in_flight, transport=transport, bucket_bytes=bucket_bytes,
-            timeout=timeout, address=address, changes=changes,
-        )  # fmt: skip
+        chosen = RolloutOptions(**options)
+        return cls(_engines(engine, chosen.timeout), plan, chosen)
 
     @classmethod
     async def connect_async(cls, engine: Any, plan: QuantPlan, **options: Any) -> Rollout:
@@ -146,9 +103,9 @@ class Rollout:
         Args:
             engine, plan, options: see `connect`. An engine that has not been used yet is used in this loop.
         """
-        loop = asyncio.get_running_loop()
-        engines = _engines(engine, options.get("timeout", TIMEOUT), loop)
-        return await in_thread(functools.partial(cls.connect, engines, plan, **options))
+        chosen = RolloutOptions(**options)
+        engines = _engines(engine, chosen.timeout, asyncio.get_running_loop())
+        return await in_thread(cls, engines, plan, chosen)
 
     @property
     def versions(self) -> list[int | None]:
@@ -198,7 +155,7 @@ class Rollout:
         update = Update(self._clients, version, functools.partial(self._sender, _device(model)), snapshot)
         update.begin(wire)
         with update:
-            update.pause(self._in_flight)
+            update.pause(self._options.in_flight)
             update.send(packed_weights(model, layout="fused") if weights is None else weights)
             update.commit()
         extra = max((w.get("extra_bytes", 0) for client in self._clients for w in client.workers), default=0)
@@ -206,20 +163,20 @@ class Rollout:
         seconds = time.perf_counter() - start
         return SyncReport(version, update.tensors, update.bytes, seconds, extra, restarted, fraction)
 
-    async def sync_async(self, model: nn.Module) -> SyncReport:
+    async def sync_async(self, model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None = None) -> SyncReport:
         """`sync` within an event loop, which goes on meanwhile.
 
         It runs in a thread of its own on this one's GPU and CUDA stream, after what is queued there. Until it returns
         nothing else may change or shard the model. A task that is cancelled ends when the sync has ended.
 
         Args:
-            model: see `sync`.
+            model, weights: see `sync`; the weights are taken in that thread.
         """
-        return await in_thread(self.sync, model)
+        return await in_thread(self.sync, model, weights)
 
     def _kept(self, entries: Sequence[Incoming], model: nn.Module) -> Snapshot | None:
         """The packed weights of the last sync, where changes are wanted; on ranks with engines."""
-        if not self._changes or not self._clients:
+        if not self._options.changes or not self._clients:
             return None
         if self._snapshot is None or self._snapshot.layout.entries != list(entries):
             self._snapshot = Snapshot(Layout(entries), _device(model))
@@ -254,7 +211,7 @@ class Rollout:
 
     def _way(self, device: torch.device, client: Client) -> str:
         """How tensors travel to an engine."""
-        workers, transport = client.workers, self._transport
+        workers, transport = client.workers, self._options.transport
         here = all(w["machine"] == machine() for w in workers)
         same = client.engine.by_reference and all(w["process"] == process() for w in workers)
         if transport == "auto":
@@ -276,11 +233,11 @@ class Rollout:
     def _sender(self, device: torch.device, client: Client, update: str) -> Sender:
         way = self._way(device, client)
         if way == "direct":
-            return Direct(client.call, update, self._limit)
+            return Direct(client.call, update, self._options.bucket_bytes)
         if way == "shared":
             devices = sorted({w["device"] for w in client.workers})
-            return SharedMemory(client.call, update, devices, self._limit, self._timeout)
-        return Broadcast(client.call, update, *self._group(client, device), self._limit)
+            return SharedMemory(client.call, update, devices, self._options.bucket_bytes, self._options.timeout)
+        return Broadcast(client.call, update, *self._group(client, device), self._options.bucket_bytes)
 
     def _group(self, client: Client, device: torch.device) -> tuple[Group, str]:
         """The group with an engine's workers, and its name: that of the last sync, if they are still in it."""
@@ -291,7 +248,8 @@ class Rollout:
             group.close()
         name = uuid.uuid4().hex
         ranks = {worker["instance"]: i + 1 for i, worker in enumerate(client.workers)}
-        group = joined(client.call, name, ranks, self._address or client.engine.address(), device, self._timeout)
+        address = self._options.address or client.engine.address()
+        group = joined(client.call, name, ranks, address, device, self._options.timeout)
         self._groups[client] = name, group
         for worker in client.workers:
             worker["group"] = name
