@@ -70,6 +70,11 @@ class Server:
             return 200, core.do(core.abort)
         if self.earlier and path in ("/sleep", "/wake_up"):
             raise NotImplementedError("it would go on with requests")
+        if path == "/init_weight_transfer_engine":
+            core.do(core.rpc, path[1:], (), body)
+            return 200, {"message": "Weight transfer initialized"}
+        if path == "/server_info":
+            return 200, {"vllm_config": json.loads(json.dumps(core.vllm_config, default=vars))}
         if path == "/pause":
             core.do(core.pause, query.get("mode", ["abort"])[0], True)
             return 200, {"status": "paused"}
@@ -92,6 +97,9 @@ class Server:
 
 def _handler(server):
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.do_POST()
+
         def do_POST(self):
             parts = urlsplit(self.path)
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -18,6 +18,7 @@ import hashlib
 import json
 import queue
 import threading
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -68,6 +69,8 @@ class Bare:
     """A worker without the extension."""
 
     device = torch.device("cpu")
+    backend = None
+    """Of its weight transfer."""
 
     def __init__(self, weights, place=ALONE, device="cpu"):
         self.rank, model = place.tp_rank, Model(place)
@@ -99,8 +102,11 @@ class Request:
 
 
 class Core:
+    replicas, external_lb, rank_local = 1, False, None
+
     def __init__(self, workers):
         self.workers, self.paused, self.asleep, self.cache = workers, False, set(), {}
+        self.unread = [deque() for _ in workers]
         self.waiting, self.running = [], []
         self.refused_resets = self.encoder_resets = 0
         self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
@@ -126,11 +132,38 @@ class Core:
         self.waiting.append(request)
         return request.answer
 
-    def rpc(self, method, args):
-        for worker in self.workers:
-            if not hasattr(worker, method):
-                raise NotImplementedError(f"Method {method!r} is not implemented.")
-        return list(self._pool.map(lambda worker: getattr(worker, method)(*args), self.workers))
+    def rpc(self, method, args, kwargs=None):
+        """As in `MultiprocExecutor`: behind an error, the answers of the other workers are left for the next call."""
+
+        def answer(worker):
+            try:
+                if not hasattr(worker, method):
+                    raise NotImplementedError(f"Method {method!r} is not implemented.")
+                return getattr(worker, method)(*args, **kwargs or {})
+            except Exception as error:
+                return error
+
+        for unread, found in zip(self.unread, self._pool.map(answer, self.workers), strict=True):
+            unread.append(found)
+        answers = []
+        for unread in self.unread:
+            answers.append(unread.popleft())
+            if isinstance(answers[-1], Exception):
+                raise answers[-1]
+        return answers
+
+    @property
+    def vllm_config(self):
+        """How vLLM tells that it was started."""
+        worker = self.workers[0]
+        extension = "nvfp4_qat.vllm.LiveWeights" if isinstance(worker, LiveWeights) else ""
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(
+                worker_extension_cls=extension, data_parallel_size=self.replicas, data_parallel_size_local=1,
+                data_parallel_rank_local=self.rank_local, data_parallel_external_lb=self.external_lb,
+            ),
+            weight_transfer_config=None if worker.backend is None else SimpleNamespace(backend=worker.backend),
+        )  # fmt: skip
 
     def pause(self, mode, clear_cache):
         if mode not in ("abort", "keep"):
@@ -206,13 +239,18 @@ class LLM:
     def __init__(self, weights, tp=1, worker=Worker, separate=False):
         self.core = Core([worker(weights, place) for place in places(tp)])
         self._separate = separate
-        self.llm_engine = SimpleNamespace(reset_encoder_cache=lambda: self.core.do(self.core.reset_encoder))
+
+    @property
+    def llm_engine(self):
+        return SimpleNamespace(
+            reset_encoder_cache=lambda: self.core.do(self.core.reset_encoder), vllm_config=self.core.vllm_config
+        )
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        assert timeout is None and not kwargs
+        assert timeout is None
         if self._separate:
-            args = json.loads(json.dumps(args))
-        return self.core.do(self.core.rpc, method, args)
+            args, kwargs = json.loads(json.dumps([args, kwargs]))
+        return self.core.do(self.core.rpc, method, args, kwargs)
 
     def sleep(self, level=1, mode="abort"):
         self.core.do(self.core.sleep, level, mode)
@@ -238,6 +276,10 @@ class AsyncLLM:
         except RuntimeError:
             pass
 
+    @property
+    def vllm_config(self):
+        return self.core.vllm_config
+
     def _at_home(self):
         running = asyncio.get_running_loop()
         if self.output_handler is None:
@@ -252,8 +294,8 @@ class AsyncLLM:
         return await loop.run_in_executor(None, self.core.do, function, *arguments)
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        assert timeout is None and not kwargs
-        return await self._do("rpc", self.core.rpc, method, json.loads(json.dumps(args)))
+        assert timeout is None
+        return await self._do("rpc", self.core.rpc, method, *json.loads(json.dumps([args, kwargs])))
 
     async def sleep(self, level=1, mode="abort"):
         await self._do("sleep", self.core.sleep, level, mode)

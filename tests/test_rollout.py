@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,9 +382,41 @@ def test_tensors_that_are_not_those_announced_end_the_update(kind, message, tran
 # Who can be connected
 
 
-def test_an_engine_without_the_extension_is_told_of_at_the_start():
-    with pytest.raises(UserError, match="does not take live weights .*nvfp4_hello.*worker_extension_cls=.*install"):
-        Rollout.connect(LLM(packed(0), worker=Bare), trainer(1)[1])
+def silent(llm):
+    """An engine that does not tell how it was started."""
+    return SimpleNamespace(collective_rpc=llm.collective_rpc)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_engine_without_the_extension_is_told_of_before_its_workers_are_called(tp):
+    llm = LLM(packed(0), worker=Bare, tp=tp)
+    message = (
+        r"not take live weights \(it was started without a worker extension\): start vLLM with worker_extension_cls="
+        '.*or from vLLM 0.26 with weight_transfer_config={"backend": "nvfp4"}, and install nvfp4-qat where'
+    )
+    with pytest.raises(UserError, match=message):
+        Rollout.connect(llm, trainer(1)[1])
+    assert not any(llm.core.unread)
+
+
+def test_an_engine_without_the_extension_that_does_not_tell():
+    with pytest.raises(
+        UserError, match=r"not take live weights \(NotImplementedError: Method 'nvfp4_hello'.*start vLLM"
+    ):
+        Rollout.connect(silent(LLM(packed(0), worker=Bare)), trainer(1)[1])
+    assert Rollout.connect(silent(LLM(packed(0))), trainer(1)[1])
+
+
+def test_replicas_of_which_only_one_answers_are_refused():
+    llm = LLM(packed(0))
+    llm.core.replicas = 2
+    with pytest.raises(
+        UserError, match="the engine has 2 replicas .*answers of the first one only: start a server for"
+    ):
+        Rollout.connect(llm, trainer(1)[1])
+    for own in ({"external_lb": True}, {"rank_local": 1}):
+        vars(llm.core).update({"external_lb": False, **own})
+        assert Rollout.connect(llm, trainer(1)[1]).versions == [None]
 
 
 def test_an_engine_that_lost_its_extension_is_told_of_at_the_next_sync():

@@ -149,11 +149,17 @@ def test_a_server_without_development_endpoints(server):
 
 def test_a_server_without_the_extension(server):
     server.llm = LLM(packed(0), worker=Bare)
-    message = (
-        "does not take live weights .*status 500.*'nvfp4_hello' is not impl.*vllm serve --worker-extension-cls nvfp4"
-    )
+    message = r"live weights \(it was started without a worker ext.*vllm serve --worker-extension-cls nvfp4.*install"
     with pytest.raises(UserError, match=message):
         nq.Rollout.connect(server.url, trainer(1)[1])
+    server.broken["/server_info"] = 404, {}  # behind a proxy
+    with pytest.raises(UserError, match=r"live weights \(.*status 500.*'nvfp4_hello' is not implemented"):
+        nq.Rollout.connect(server.url, trainer(1)[1])
+
+
+def test_a_server_may_take_longer_to_tell_how_it_was_started(server):
+    server.slow["/server_info"] = 0.8
+    assert nq.Rollout.connect(server.url, trainer(1)[1], timeout=0.5).versions == [None]
 
 
 def test_a_server_that_is_not_there():

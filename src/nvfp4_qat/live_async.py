@@ -18,6 +18,7 @@ import torch
 
 from .errors import UserError
 from .live_engines import InFlight, PausedBefore, until_reset
+from .live_started import Started, started
 
 Result = TypeVar("Result")
 
@@ -26,7 +27,7 @@ class AsyncEngine:
     """A `vllm.AsyncLLM`, whose workers are in processes of their own.
 
     Args:
-        llm: made with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``.
+        llm: made with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"`` or the backend of `live_transfer`.
         name: in messages.
         timeout: seconds that a call may take.
         loop: where the engine is at home, if it has not been used yet; else it knows.
@@ -56,6 +57,12 @@ class AsyncEngine:
     def call(self, method: str, *arguments: Any) -> list[Any]:
         found: list[Any] = self._do(self._llm.collective_rpc, method, args=arguments)
         return found
+
+    def started(self) -> Started | None:
+        return started(getattr(self._llm, "vllm_config", None))
+
+    def transfer(self, info: dict[str, Any]) -> None:
+        self._do(self._llm.collective_rpc, "init_weight_transfer_engine", kwargs={"init_info": info})
 
     def pause(self, in_flight: InFlight) -> None:
         if self._before:

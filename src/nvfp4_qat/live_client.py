@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import MismatchError, UserError
 from .live_engines import Engine, InFlight
+from .live_replies import BACKEND, Transfer
+from .live_started import Started
 from .plan import QuantPlan
 
 EXTENSION = "nvfp4_qat.vllm.LiveWeights"
@@ -24,14 +26,20 @@ class Client:
         engine: connected; it may be another one behind the same address later on.
         plan: what it is to quantize.
         in_flight: what syncs do with requests that are being answered.
+        address: of this machine, as the workers reach it; None: found out.
 
     Raises:
-        UserError: the engine was not started with the worker extension, or cannot be paused.
+        UserError: the engine was not started for live weights, or cannot be paused.
         MismatchError: another version of this package is there, or it quantizes other layers.
     """
 
-    def __init__(self, engine: Engine, plan: QuantPlan, in_flight: InFlight = "abort") -> None:
+    def __init__(
+        self, engine: Engine, plan: QuantPlan, in_flight: InFlight = "abort", address: str | None = None
+    ) -> None:
         self.engine, self.plan, self._in_flight = engine, plan, in_flight
+        self._transfer = Transfer(engine, address)
+        self._way: Engine | Transfer = engine
+        """How calls get to the workers."""
         self.workers: list[dict[str, Any]] = []
         """What each worker said of itself."""
         self.restarted = False
@@ -54,15 +62,7 @@ class Client:
         """Get to know the workers, and compare what they really hold in 4 bits with the plan."""
         from .vllm import PROTOCOL
 
-        try:
-            answers = self.engine.call("nvfp4_hello")
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # in vLLM's words: the method is not there
-            raise self._without_extension(f"{type(error).__name__}: {error}") from error
-        if not answers or not all(isinstance(answer, dict) for answer in answers):
-            raise self._without_extension(f"it answered {str(answers)[:200]}")
-        workers = self._checked("nvfp4_hello", answers)
+        workers = self._checked("nvfp4_hello", self._hello())
         others = sorted({str(worker.get("package")) for worker in workers if worker.get("protocol") != PROTOCOL})
         if others:
             raise MismatchError(
@@ -74,6 +74,42 @@ class Client:
         self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
         self.workers = workers
 
+    def _hello(self) -> list[dict[str, Any]]:
+        """What the workers say, by the extension or by the weight-transfer engine, whichever the engine has."""
+        started = self.engine.started()
+        if started is not None:
+            self._suits(started)
+        with_backend = started is not None and started.extension != EXTENSION and started.backend == BACKEND
+        self._way = self._transfer if with_backend else self.engine
+        try:
+            answers = self._way.call("nvfp4_hello")
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # in vLLM's words: the method is not there
+            raise self._not_for_live_weights(f"{type(error).__name__}: {error}") from error
+        if not answers or not all(isinstance(answer, dict) for answer in answers):
+            raise self._not_for_live_weights(f"it answered {str(answers)[:200]}")
+        return answers
+
+    def _suits(self, started: Started) -> None:
+        """Refuse an engine whose workers do not take calls, before any is made; see `live_started`."""
+        if not started.extension and started.backend != BACKEND:
+            backend = "" if started.backend is None else f", and with the weight-transfer backend {started.backend!r}"
+            raise self._not_for_live_weights(f"it was started without a worker extension{backend}")
+        if started.replicas > 1:
+            raise UserError(
+                f"{self.engine.name} has {started.replicas} replicas (data_parallel_size), and calls bring the answers "
+                "of the first one only: start a server for each, as with `vllm serve --data-parallel-external-lb`, and "
+                "connect a list of them"
+            )
+
+    def _not_for_live_weights(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.engine.name} does not take live weights ({reason}): start vLLM with "
+            f'worker_extension_cls="{EXTENSION}" (vllm serve --worker-extension-cls {EXTENSION}), or from vLLM 0.26 '
+            f'with weight_transfer_config={{"backend": "{BACKEND}"}}, and install nvfp4-qat where its workers run'
+        )
+
     def _audit(self, workers: list[dict[str, Any]]) -> None:
         """Compare what the engine really holds in 4 bits with the plan."""
         try:
@@ -84,7 +120,7 @@ class Client:
     def refresh(self) -> None:
         """Ask for the engine's version; one that was started anew is got to know anew."""
         try:
-            answers = self.engine.call("nvfp4_status")
+            answers = self._way.call("nvfp4_status")
         except (UserError, OSError):
             raise
         except Exception:  # a new engine without the extension: the greeting says so
@@ -96,7 +132,7 @@ class Client:
 
     def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """Call every worker; raise what any of them reports."""
-        return self._checked(method, self.engine.call(method, *arguments))
+        return self._checked(method, self._way.call(method, *arguments))
 
     def begin(
         self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: int | None = None
@@ -152,6 +188,10 @@ class Client:
         self.engine.wake_up(tags)
         self._asleep = left
 
+    def close(self) -> None:
+        """Listen to no worker any more, until the next call."""
+        self._transfer.close()
+
     def _note(self, answers: list[dict[str, Any]]) -> None:
         status = {answer["instance"]: answer for answer in answers}
         for worker in self.workers:
@@ -167,13 +207,6 @@ class Client:
         if errors:
             raise MismatchError("; ".join(errors))
         return [answer["ok"] for answer in answers]
-
-    def _without_extension(self, reason: str) -> UserError:
-        return UserError(
-            f"{self.engine.name} does not take live weights ({reason}): start vLLM with "
-            f'worker_extension_cls="{EXTENSION}" (vllm serve --worker-extension-cls {EXTENSION}), and install '
-            "nvfp4-qat where its workers run"
-        )
 
 
 def _instances(workers: Iterable[dict[str, Any]]) -> set[str]:

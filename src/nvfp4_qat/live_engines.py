@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from .errors import MismatchError, UserError
+from .live_started import Started, started
 
 InFlight = Literal["abort", "keep"]
 """What becomes of requests that are being answered when an update comes."""
@@ -61,6 +62,16 @@ class Engine(Protocol):
             UserError: it is set up in a way in which workers cannot be called.
         """
 
+    def started(self) -> Started | None:
+        """How it was started; None: it does not tell.
+
+        Raises:
+            OSError: the engine cannot be reached or does not answer.
+        """
+
+    def transfer(self, info: dict[str, Any]) -> None:
+        """Call ``init_weight_transfer_engine`` of every worker, which brings no answers; see `live_replies`."""
+
     def pause(self, in_flight: InFlight) -> None:
         """Answer nothing from now on; requests that come are queued.
 
@@ -94,7 +105,7 @@ class LocalEngine:
     """A `vllm.LLM`, with its workers in this process or in processes of its own.
 
     Args:
-        llm: made with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``.
+        llm: made with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"`` or the backend of `live_transfer`.
         name: in messages.
     """
 
@@ -114,6 +125,12 @@ class LocalEngine:
         # Without vLLM's timeout: after it, later calls would get the answers to earlier ones (vLLM 0.24).
         found: list[Any] = self._llm.collective_rpc(method, args=arguments)
         return found
+
+    def started(self) -> Started | None:
+        return started(getattr(getattr(self._llm, "llm_engine", None), "vllm_config", None))
+
+    def transfer(self, info: dict[str, Any]) -> None:
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
     def pause(self, in_flight: InFlight) -> None:
         self._llm.sleep(level=0, mode=in_flight)

@@ -2,8 +2,9 @@
 
 Endpoints and forms are those of vLLM 0.17 to 0.33 (``vllm/entrypoints/serve``): ``POST /collective_rpc`` with
 ``{"method", "args"}`` answers ``{"results": [...]}``; ``/reset_prefix_cache?…``, ``/sleep?level=&mode=`` and
-``/wake_up?tags=`` take query parameters. Level 0 pauses. ``/pause`` is for 0.15 and 0.16 only: that of 0.33 refuses new
-requests, and ``/resume`` would also start an engine of which some memory still sleeps.
+``/wake_up?tags=`` take query parameters; ``/init_weight_transfer_engine`` takes ``{"init_info": {...}}``, and ``GET
+/server_info`` tells the configuration. Sleeping at level 0 pauses. ``/pause`` is for 0.15 and 0.16 only: that of 0.33
+refuses new requests, and ``/resume`` would also start an engine of which some memory still sleeps.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from urllib.parse import urlencode, urlsplit
 
 from .errors import MismatchError, UserError
 from .live_engines import TIMEOUT, InFlight, PausedBefore, until_reset
+from .live_started import Started, started
+
+SETTLED = 60.0
+"""Seconds that a server may take at least to tell how it was started: the first time vLLM looks at the whole machine
+too."""
 
 
 class HttpEngine:
-    """A server of vLLM, started with ``VLLM_SERVER_DEV_MODE=1`` and the worker extension.
+    """A server of vLLM, started with ``VLLM_SERVER_DEV_MODE=1`` and for live weights.
 
     Whoever reaches these endpoints controls the server: leave them open to the trainer only.
 
@@ -54,6 +60,16 @@ class HttpEngine:
             raise UserError(f"{self.name} answered {method} with {str(answer)[:200]!r}: it is not a vLLM server")
         return list(answer["results"])
 
+    def started(self) -> Started | None:
+        try:
+            answer = self._ask("GET", "/server_info?config_format=json", at_least=SETTLED)
+        except (MismatchError, UserError):  # there is no such endpoint, as behind some proxies
+            return None
+        return started(answer.get("vllm_config")) if isinstance(answer, dict) else None
+
+    def transfer(self, info: dict[str, Any]) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": info})
+
     def pause(self, in_flight: InFlight) -> None:
         self._post(
             "/pause?clear_cache=false" if self._before else f"/sleep?{urlencode({'level': 0, 'mode': in_flight})}"
@@ -85,15 +101,19 @@ class HttpEngine:
             return str(probe.getsockname()[0])
 
     def _post(self, path: str, body: Any = None) -> Any:
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: Any = None, at_least: float = 0.0) -> Any:
+        timeout = max(self._timeout, at_least)
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout)
+        connection = kind(self._host, self._port, timeout=timeout)
         headers = {"Content-Type": "application/json", **self._headers}
         try:
-            connection.request("POST", self._path + path, None if body is None else json.dumps(body), headers)
+            connection.request(method, self._path + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             status, text = response.status, response.read().decode(errors="replace")
         except TimeoutError:
-            raise TimeoutError(f"{self.name} did not answer {_endpoint(path)} within {self._timeout:g} s") from None
+            raise TimeoutError(f"{self.name} did not answer {_endpoint(path)} within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             raise ConnectionError(f"{self.name} cannot be reached ({reason}): is `vllm serve` up there?") from None

@@ -23,7 +23,8 @@ class RolloutOptions:
             "broadcast" to any, by NCCL. "auto" takes the first that works.
         bucket_bytes: tensors are sent in buckets of this size, of which there are two.
         timeout: seconds that an engine may take for one step.
-        address: of this machine, as the workers reach it, for "broadcast"; by default found out.
+        address: of this machine, as the workers reach it, for "broadcast" and for engines with
+            ``weight_transfer_config``; by default found out.
         changes: send only what changed since the last sync to engines that have that. The trainer keeps a copy of the
             packed weights for it, and engines about a ninth of theirs.
 

@@ -72,7 +72,7 @@ class Rollout:
         self.plan, self._options = plan, options
         self._snapshot: Snapshot | None = None
         self._clients: list[Client] = []
-        found = each(engines, lambda engine: Client(engine, plan, options.in_flight))
+        found = each(engines, lambda engine: Client(engine, plan, options.in_flight, options.address))
         raise_all([error for error in found if isinstance(error, Exception)])
         self._clients = [client for client in found if isinstance(client, Client)]
         self._groups: dict[Client, tuple[str, Group]] = {}
@@ -83,7 +83,7 @@ class Rollout:
 
         Args:
             engine: a `vllm.LLM` or `vllm.AsyncLLM`, the URL of a ``vllm serve`` (``http://host:port``), or a list of
-                such; each started with the worker extension. An empty list is for ranks of a sharded model that only take part
+                such; each started for live weights. An empty list is for ranks of a sharded model that only take part
                 in packing.
             plan: of the model whose weights they are to get.
             options: those of `RolloutOptions`: in_flight, transport, bucket_bytes, timeout, address, changes.
@@ -204,7 +204,9 @@ class Rollout:
         raise_all([e for e in each(self._clients, lambda c: c.wake_up(tags)) if isinstance(e, Exception)])
 
     def close(self) -> None:
-        """Leave the groups that broadcasts go through."""
+        """Leave the groups that broadcasts go through, and listen to no engine any more."""
+        for client in self._clients:
+            client.close()
         for _, group in self._groups.values():
             group.close()
         self._groups.clear()

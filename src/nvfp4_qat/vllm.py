@@ -1,9 +1,10 @@
 """vLLM's side of live weights: what its workers answer.
 
 Start vLLM with ``worker_extension_cls="nvfp4_qat.vllm.LiveWeights"``; nothing of vLLM is patched. Each worker then
-answers the calls below (``collective_rpc``), which `nvfp4_qat.Rollout` makes. Arguments and answers are lists, strings
-and numbers, so they cross process borders as JSON and without pickled code; tensors are handed over in the same
-process, in memory that both processes map, or by a broadcast.
+answers the calls below (``collective_rpc``), which `nvfp4_qat.Rollout` makes. From vLLM 0.26 `live_transfer` takes the
+same calls as a weight-transfer engine. Arguments and answers are lists, strings and numbers, so they cross process
+borders as JSON and without pickled code; tensors are handed over in the same process, in memory that both processes
+map, or by a broadcast.
 
 An update is ``begin``, any number of loads, ``commit``. It has a name that its sender made up: what a sender that was
 given up still sends belongs to no update and is refused, so weights of two senders never mix.
@@ -68,6 +69,18 @@ class LiveWeights:
 
     Each answers ``{"ok": …}``, or ``{"error": message, "kind": name of the exception}``.
     """
+
+    def _nvfp4_model(self) -> nn.Module:
+        worker: Any = self
+        found: nn.Module = worker.model_runner.get_model()
+        return found
+
+    def _nvfp4_leave(self) -> None:
+        """Give up the update that goes on, if there is one, and leave the trainer's group."""
+        state: _State | None = self.__dict__.get("_nvfp4_state")
+        if state is not None:
+            state.give_up()
+            state.leave()
 
     def _nvfp4_code(self, model: nn.Module, device: torch.device) -> WorkerCode:
         from .live_vllm import VllmCode
@@ -227,8 +240,7 @@ class LiveWeights:
         """Give up an update, if it is the one that goes on; what it has written stays."""
         state = _state(self)
         if state.update == update:
-            state.forget()
-            state.live.abandon()
+            state.give_up()
         return state.status()
 
     @_answers
@@ -257,7 +269,7 @@ class _State:
 
     def __init__(self, worker: Any) -> None:
         device = torch.empty(0, device=worker.device).device  # with its index
-        model = worker.model_runner.get_model()
+        model = worker._nvfp4_model()
         self.code: WorkerCode = worker._nvfp4_code(model, device)
         self.live = LiveModel(model, self.code, device)
         self.instance = uuid.uuid4().hex
@@ -360,6 +372,12 @@ class _State:
         self.update = self.coming = self._received = self.changing = None
         self._opened.clear()
         self._pieces.clear()
+
+    def give_up(self) -> None:
+        """End an update that goes on; what it has written stays."""
+        if self.update is not None:
+            self.forget()
+            self.live.abandon()
 
     def leave(self) -> None:
         if self.group is not None:

@@ -13,22 +13,27 @@ import inspect
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import call, create_autospec
+from unittest.mock import MagicMock, call, create_autospec
 
 import pytest
+from engine import Engine
+from families import some
 
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.live_async import AsyncEngine, is_async
 from nvfp4_qat.live_engines import LocalEngine, older
 from nvfp4_qat.live_http import HttpEngine
+from nvfp4_qat.live_started import Started
 
 VLLM = os.environ["VLLM_SOURCES"]
 EARLIER = older(VLLM)
 ROUTERS = (
     "serve.dev.rpc", "serve.dev.sleep", "serve.dev.cache", "serve.dev.rlhf", "rl.online",
-    "serve.rpc", "serve.sleep", "serve.cache", "serve.rlhf",
+    "serve.rpc", "serve.sleep", "serve.cache", "serve.rlhf", "serve.dev.server_info",
 )  # fmt: skip
 """Where the routes are in some releases, within `vllm.entrypoints`."""
 
@@ -130,16 +135,18 @@ def test_engines_of_this_process() -> None:
 
 
 @contextlib.contextmanager
-def served(llm: Any) -> Iterator[str]:
-    """The routes of this release around an engine; the URL."""
+def served(llm: Any, config: Any = None) -> Iterator[str]:
+    """The routes of this release around an engine that was started with a configuration; the URL."""
     import uvicorn
     from fastapi import FastAPI
 
     app, found = FastAPI(), []
-    app.state.engine_client = llm
+    app.state.engine_client, app.state.vllm_config = llm, config
     for name in ROUTERS:
         with contextlib.suppress(ModuleNotFoundError):
             found.append(importlib.import_module(f"vllm.entrypoints.{name}.api_router"))
+    with contextlib.suppress(ModuleNotFoundError):
+        found.append(importlib.import_module("vllm.entrypoints.serve.instrumentator.server_info"))
     for module in found:
         app.include_router(module.router)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
@@ -161,3 +168,51 @@ def test_servers() -> None:
     assert llm.collective_rpc.await_count == 1
     sent = llm.collective_rpc.mock_calls[0].kwargs
     assert (sent["method"], sent["args"]) == ("nvfp4_status", ("a", 1))
+
+
+@pytest.mark.parametrize("family", some("qwen3"))
+@pytest.mark.parametrize("place", ["alone"])
+def test_engines_tell_how_they_were_started(engine: Engine) -> None:
+    from vllm.config import ParallelConfig
+
+    llm = async_llm()
+    llm.vllm_config = config = engine.config
+    local: Any = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+    with served(llm, config) as url, running_loop() as loop:
+        engines = AsyncEngine(llm, "the engine", 10.0, loop), LocalEngine(local), HttpEngine(url, 1.0)
+        for parallel, found in (
+            ({}, Started("", None, 1)),
+            ({"worker_extension_cls": "a.B"}, Started("a.B", None, 1)),
+            ({"data_parallel_size": 4, "data_parallel_size_local": 2}, Started("", None, 4)),
+            (
+                {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True},
+                Started("", None, 2),
+            ),
+            (
+                {"data_parallel_size": 4, "data_parallel_size_local": 1, "data_parallel_external_lb": True},
+                Started("", None, 1),
+            ),
+            ({"data_parallel_size": 4, "data_parallel_rank": 1, "data_parallel_rank_local": 1}, Started("", None, 1)),
+        ):
+            config.parallel_config = ParallelConfig(**parallel)
+            assert [one.started() for one in engines] == [found] * 3
+        assert HttpEngine(f"{url}/elsewhere", 1.0).started() is None
+
+
+def test_an_error_of_a_worker_leaves_the_answers_of_the_others_unread() -> None:
+    """Why nothing is tried with workers (`live_started`)."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    status = WorkerProc.ResponseStatus
+    failing = deque([(status.FAILURE, "no such method"), (status.SUCCESS, "second of the one")])
+    other = deque([(status.SUCCESS, "first of the other"), (status.SUCCESS, "second of the other")])
+    executor: Any = MultiprocExecutor.__new__(MultiprocExecutor)
+    executor.is_failed, executor.rpc_broadcast_mq, executor.futures_queue = False, MagicMock(), deque()
+    executor.response_mqs = [
+        SimpleNamespace(dequeue=lambda timeout, own=own, **_: own.popleft()) for own in (failing, other)
+    ]
+    executor.vllm_config = executor.shutdown_event = MagicMock()
+    executor.vllm_config.parallel_config.enable_fault_tolerance = False
+    with pytest.raises(RuntimeError, match="no such method"):
+        executor.collective_rpc("nvfp4_hello")
+    assert executor.collective_rpc("nvfp4_hello") == ["second of the one", "first of the other"]

@@ -1,0 +1,54 @@
+"""How an engine was started, from its configuration: by which way its workers can be called, and how many replicas it
+has.
+
+This is read and not tried, because what a worker raises is not harmless. `MultiprocExecutor.collective_rpc` of vLLM
+(0.15 to 0.33) then returns before it has read the answers of the workers after that one, and each later call gets the
+answers to the call before. So nothing is called that may be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """How an engine was started.
+
+    Args:
+        extension: its ``worker_extension_cls``; empty: none.
+        backend: of its ``weight_transfer_config``; None: none.
+        replicas: that it spreads requests over.
+    """
+
+    extension: str
+    backend: str | None
+    replicas: int
+
+
+def started(config: Any) -> Started | None:
+    """Read a configuration of vLLM.
+
+    Args:
+        config: its `VllmConfig`, or the same as JSON.
+
+    Returns:
+        None if it is no such configuration.
+    """
+    parallel = _get(config, "parallel_config")
+    size = _get(parallel, "data_parallel_size")
+    if not isinstance(size, int):
+        return None
+    # As `vllm.v1.engine.core_client.MPClient` counts the engines that it has.
+    if _get(parallel, "data_parallel_rank_local") is not None:
+        size = 1
+    elif _get(parallel, "data_parallel_external_lb") or _get(parallel, "data_parallel_hybrid_lb"):
+        size = int(_get(parallel, "data_parallel_size_local"))
+    backend = _get(_get(config, "weight_transfer_config"), "backend")
+    return Started(_get(parallel, "worker_extension_cls") or "", backend, size)
+
+
+def _get(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
