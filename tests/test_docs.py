@@ -163,3 +163,15 @@ def test_the_result_table_is_that_of_the_committed_runs(monkeypatch):
     readme = results.README.read_text(encoding="utf-8")
     assert results.BEGIN in readme and results.END in readme
     assert results.updated(readme) == readme, "run: python docs/results.py"
+
+
+def test_the_versions_of_vllm_are_the_same_everywhere():
+    from nvfp4_qat.vllm import SUPPORTED
+
+    first, last = (".".join(map(str, version)) for version in SUPPORTED)
+    after = f"{SUPPORTED[1][0]}.{SUPPORTED[1][1] + 1}"
+    assert f'\nvllm = ["vllm>={first},<{after}"]\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for page in ("README.md", "docs/vllm.md", "CHANGELOG.md"):
+        assert f"vLLM {first} to {last}" in (ROOT / page).read_text(encoding="utf-8"), page
+    measured = re.search(r"(?m)^vllm==(.*)$", (ROOT / "constraints" / "vllm.txt").read_text(encoding="utf-8"))
+    assert f"measured on a\nGPU: {measured[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
