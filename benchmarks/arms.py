@@ -24,7 +24,10 @@ from torch.nn.utils import parametrize
 import nvfp4_qat as nq
 from nvfp4_qat import ops, reference
 
-ARMS = ("bf16", "gather", "module", "requantize")
+ARMS = ("bf16", "gather", "keep", "module", "requantize")
+GATHERING = {"gather", "keep"}
+"""Those in gather mode; "keep" gathers once per optimizer step."""
+
 
 LEARNING_RATE = 1e-6
 """As in reinforcement learning of language models."""
@@ -33,8 +36,8 @@ LEARNING_RATE = 1e-6
 def apply_arm(arm: str, model: nn.Module) -> None:
     """Turn a bf16 model into that of the arm, in place; before `shard`."""
     config = nq.QATConfig(enable=True)
-    if arm == "gather":
-        nq.apply_qat(model, config, gather="nvfp4")
+    if arm in GATHERING:
+        nq.apply_qat(model, config, gather="nvfp4", keep_gathered=arm == "keep")
     elif arm == "module":
         nq.apply_qat(model, config)
     elif arm == "requantize":

@@ -1,4 +1,5 @@
-"""Time and memory of a whole training step: bf16, gather mode, module mode, and re-quantizing at every read.
+"""Time and memory of a whole training step: bf16, gather mode (also with what is gathered kept), module mode,
+and re-quantizing at every read.
 
     torchrun --nproc_per_node 2 benchmarks/bench_step.py --model Qwen3-8B --tokens 2048 8192
     python benchmarks/bench_step.py --model Qwen3-8B --arms bf16 module requantize          one GPU, no FSDP2
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from arms import ARMS, Trainer, apply_arm, shard
+from arms import ARMS, GATHERING, Trainer, apply_arm, shard
 from common import (
     RESULTS,
     Row,
@@ -246,7 +247,7 @@ def check(arm: Arm, arms: dict[str, Arm], world: World) -> str:
         return "ok"
     if bf16 is not None and arm.loss == bf16.loss:
         return "the loss is that of bf16: nothing was quantized"
-    if arm.name == "gather":
+    if arm.name in GATHERING:
         if module is not None and arm.loss != module.loss:
             return f"the loss is {arm.loss!r}, in module mode {module.loss!r}"
         if bf16 is not None and world.size > 1 and arm.gathered >= bf16.gathered:
@@ -315,9 +316,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fsdp needs torchrun, with one process too: torchrun --nproc_per_node 1 ...")
     if world.size > 1 and not args.fsdp:
         parser.error("--no-fsdp is for one process")
-    args.arms = args.arms or [arm for arm in ARMS if args.fsdp or arm != "gather"]
-    if "gather" in args.arms and not args.fsdp:
-        parser.error("the arm gather needs FSDP2: start with torchrun")
+    args.arms = args.arms or [arm for arm in ARMS if args.fsdp or arm not in GATHERING]
+    if GATHERING & set(args.arms) and not args.fsdp:
+        parser.error("gather mode needs FSDP2: start with torchrun")
     if "bf16" in args.arms:  # the baseline comes first
         args.arms.sort(key=lambda arm: arm != "bf16")
     else:

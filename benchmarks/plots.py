@@ -25,6 +25,7 @@ PAGE, FOLDER = "performance.md", "performance"
 
 STYLES = {
     "gather mode": ("#00795a", "o"),
+    "gathered once": ("#5aa88f", "P"),
     "module mode": ("#9c3f86", "s"),
     "module mode, packing": ("#0067a8", "^"),
     "re-quantize": ("#c44900", "D"),

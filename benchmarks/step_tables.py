@@ -13,7 +13,7 @@ from nvfp4_qat.report_page import byte_size
 CONFIGURATION = (
     "model", "layers", "gpus", "gpu", "sharding", "link", "masters", "checkpointing", "micro_batches", "tokens",
 )  # fmt: skip
-QAT = {"gather": "gather mode", "module": "module mode", "requantize": "re-quantize"}
+QAT = {"gather": "gather mode", "keep": "gathered once", "module": "module mode", "requantize": "re-quantize"}
 AGAIN = {"bf16 again": "bf16 again"}
 """Arms as the benchmark and as the page name them; the baseline is ``bf16``."""
 
@@ -39,8 +39,8 @@ def _time(found: Configurations) -> Section:
         groups.append(Group(_label(bf16), tuple(points), noise=(min(again), max(again)) if again else None))
     text = (
         "A whole step: forward, loss, backward, clipping, fused AdamW, and for the QAT arms amax, its all-reduce "
-        "and packing. The ratio to bf16 is the median over rounds, in brackets the smallest and largest. The last "
-        "column is bf16 against itself."
+        "and packing. “Gathered once” is gather mode with `keep_gathered=True`. The ratio to bf16 is the median over "
+        "rounds, in brackets the smallest and largest. The last column is bf16 against itself."
     )
     head = [*WHAT, "bf16, ms", *(f"{name} / bf16" for name in names.values())]
     alt = "Time of a training step relative to bf16 in every configuration of the table below"
@@ -54,7 +54,7 @@ def _memory(found: Configurations) -> Section:
         bf16 = arms["bf16"]
         ratios = {arm: arms[arm]["peak_bytes"] / bf16["peak_bytes"] for arm in QAT if arm in arms}
         cells = [f"{arms[arm]['peak_bytes'] / 2**30:.2f} ({ratios[arm]:.3f})" if arm in ratios else "–" for arm in QAT]
-        gathered = [byte_size(arms[arm]["gathered_bytes"]) for arm in ("bf16", "gather") if arm in arms]
+        gathered = [byte_size(arms[arm]["gathered_bytes"]) for arm in ("bf16", "gather", "keep") if arm in arms]
         traffic = " → ".join(gathered) if bf16["gathered_bytes"] else "–"
         lines.append([*_what(bf16), f"{bf16['peak_bytes'] / 2**30:.2f}", *cells, traffic])
         groups.append(Group(_label(bf16), tuple(Point(QAT[arm], v, v, v) for arm, v in ratios.items())))
@@ -63,7 +63,12 @@ def _memory(found: Configurations) -> Section:
         "the all-gathers of one step. What stays in bf16 (embedding, output head, norms, routers) is gathered in "
         "both."
     )
-    head = [*WHAT, "bf16, GiB", *(f"{name} (/ bf16)" for name in QAT.values()), "all-gathered, bf16 → gather mode"]
+    head = [
+        *WHAT,
+        "bf16, GiB",
+        *(f"{name} (/ bf16)" for name in QAT.values()),
+        "all-gathered, bf16 → gather mode → gathered once",
+    ]
     alt = "Peak memory of a training step relative to bf16 in every configuration of the table below"
     panel = Panel("peak memory of a step / bf16", tuple(groups), line=1.0)
     return Section("Memory and traffic of a step", text, markdown(head, lines), Picture("memory.png", alt, (panel,)))

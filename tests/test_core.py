@@ -35,6 +35,8 @@ def test_twice_is_refused():
 def test_an_unknown_gather_mode_is_refused():
     with pytest.raises(nq.UserError, match='unknown gather=.fp8.: use "nvfp4"'):
         nq.apply_qat(stack(), ON, gather="fp8")
+    with pytest.raises(nq.UserError, match="keep_gathered is for gather mode"):
+        nq.apply_qat(stack(), ON, keep_gathered=True)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,15 @@ from .naming import canonical_name
 from .plan import QuantPlan
 
 
-def attach(model: nn.Module, plan: QuantPlan) -> Gather:
+def attach(model: nn.Module, plan: QuantPlan, keep: bool = False) -> Gather:
     """Put a `ShardedMaster` in the place of every planned parameter.
 
     Args:
         model: not sharded yet. Its planned parameters become new objects: make the optimizer after ``fully_shard``.
         plan: what is 4-bit.
+        keep: whether gathered bytes are kept until the optimizer's step.
     """
-    gather = Gather(model, plan)
+    gather = Gather(model, plan, keep)
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     replaced: dict[int, nn.Parameter] = {}
     for weight in gather.weights.values():

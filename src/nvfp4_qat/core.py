@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .gather import Gather
 
 
-def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) -> QuantPlan:
+def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None, keep_gathered: bool = False) -> QuantPlan:
     """Make a model train through NVFP4 weights, in place.
 
     Module mode (``gather=None``): each planned `nn.Linear` becomes a `QATLinear` and each fused experts module a
@@ -45,6 +45,8 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
         model: a model on any device; on ``meta`` the weights may be loaded later.
         config: what to quantize and how. With ``enable=False`` the model is left as it is, with a warning.
         gather: None or "nvfp4".
+        keep_gathered: in gather mode, gather packed weights once per optimizer step, and keep them on every rank until then:
+            4.5 bits for each weight of the model. For slow links and gradient accumulation.
 
     Returns:
         The plan: every 4-bit tensor with its fusion group, every other one with the reason.
@@ -55,6 +57,10 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
     """
     if gather not in (None, "nvfp4"):
         raise UserError(f'unknown gather={gather!r}: use "nvfp4" (FSDP2 gathers packed weights) or leave it out')
+    if keep_gathered and gather is None:
+        raise UserError(
+            'keep_gathered is for gather mode: apply_qat(model, config, gather="nvfp4", keep_gathered=True)'
+        )
     if any(isinstance(m, QATModule) or "_nvfp4_plan" in m.__dict__ for m in model.modules()):
         raise UserError("apply_qat was called on this model before: apply it once, to the model as it was loaded")
     plan = QuantPlan.from_model(model, config)
@@ -67,7 +73,7 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None) ->
     if gather is not None:
         from .attach import attach  # needs torch.distributed
 
-        attach(model, plan)
+        attach(model, plan, keep_gathered)
     else:
         _convert_modules(plan, modules)
     check_adapters(model)

@@ -143,10 +143,11 @@ class Gather:
     Args:
         model: what `apply_qat` was called on; kept weakly.
         plan: its plan.
+        keep: whether gathered bytes are kept until the optimizer's step, so that each weight travels once.
     """
 
-    def __init__(self, model: nn.Module, plan: QuantPlan) -> None:
-        self._model, self.plan = weakref.ref(model), plan
+    def __init__(self, model: nn.Module, plan: QuantPlan, keep: bool = False) -> None:
+        self._model, self.plan, self._keep = weakref.ref(model), plan, keep
         self.weights = {entry.name: GatherWeight(entry, self) for entry in plan.quantized}
         self.units: list[GatherUnit] = []
         self.streams = StreamOrder()
@@ -203,7 +204,9 @@ class Gather:
         self._pack()
 
     def after_step(self) -> None:
-        """Pack at once where there are replicas (HSDP): afterwards one of them may compute without the others."""
+        """Free what is kept, and with replicas (HSDP) pack at once: one of them may compute without the others next."""
+        for unit in self.units:
+            unit.release()
         if any(s.mesh is not None and s.mesh.size() > s.world for unit in self.units for s in unit.packed.shards):
             self._pack()
 
@@ -301,7 +304,7 @@ class Gather:
             self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
         self.streams.on(self._packer.device)
         for group, found, packed in units:
-            unit = GatherUnit(packed, group, found[0][0])
+            unit = GatherUnit(packed, group, found[0][0], self._keep)
             for index, (_, weight) in enumerate(found):
                 weight.unit, weight.index = unit, index
                 gather_param.adopt(weight.fsdp_param)

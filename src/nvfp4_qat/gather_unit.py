@@ -11,6 +11,9 @@ In small units the copies cost less than this, and an all-gather of another kind
 (symmetric memory, for instance) is left alone: the first weight then hands FSDP2 the packed buffer like any other
 tensor.
 
+Where bytes are to be kept, a unit's packed bytes travel only if its weights were packed since they did so last; else
+FSDP2 gathers the rest alone, and the parameters are filled from the bytes that are there.
+
 After the gather the parameters are collected in order; with the last one, one kernel fills all of them.
 """
 
@@ -46,9 +49,10 @@ class GatherUnit:
         packed: their packed shards.
         group: FSDP2's parameter group.
         leader: FSDP2's parameter of the first of them.
+        keep: whether gathered bytes are kept until `release`.
     """
 
-    def __init__(self, packed: Unit, group: Any, leader: Any) -> None:
+    def __init__(self, packed: Unit, group: Any, leader: Any, keep: bool = False) -> None:
         self.packed, self.stale, self.version = packed, True, 0
         """``stale``: whether a master changed since it was packed; ``version`` counts packings."""
         self._leader, self._gathered_version, self._token_sent = leader, -1, False
@@ -56,7 +60,7 @@ class GatherUnit:
         self._outs: list[Tensor] = []
         self._bytes: Tensor | None = None
         self._unpacks: Unpacks | None = None
-        self._group = group
+        self._group, self._keep = group, keep
         self._comm: PackedAllGather | None = None
 
     def contribution(self, index: int) -> tuple[Tensor, ...]:
@@ -68,6 +72,8 @@ class GatherUnit:
             return ()
         self._gathered_version = self.version
         by_comm = self._by_comm()
+        if self._comm is not None:
+            self._comm.wanted = self.version
         if by_comm != self._token_sent:  # of another size than FSDP2 has made room for
             self._leader.all_gather_outputs = []
             self._token_sent = by_comm
@@ -117,11 +123,17 @@ class GatherUnit:
             self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
         self._outs, self._bytes = [], None
 
+    def release(self) -> None:
+        """Free gathered bytes that are kept: they are not those of the next forward."""
+        if self._comm is not None:
+            self._comm.release()
+
     def _wrap_the_next(self) -> None:
         """Have the next gather done by `PackedAllGather`, where that is of use."""
-        worth = self.packed.world * self.packed.nbytes >= WORTH
+        worth = self._keep or self.packed.world * self.packed.nbytes >= WORTH
         if worth and type(self._group._all_gather_comm).__name__ in WRAPPED:
-            self._comm = self._group._all_gather_comm = PackedAllGather(self._group._all_gather_comm, self.packed)
+            self._comm = PackedAllGather(self._group._all_gather_comm, self.packed, self._keep)
+            self._group._all_gather_comm = self._comm
 
     def _by_comm(self) -> bool:
         return self._comm is not None and self._group._all_gather_comm is self._comm
@@ -135,12 +147,17 @@ class PackedAllGather(DefaultAllGather):
     Args:
         inner: what does the gathering.
         packed: whose buffer is gathered.
+        keep: whether what was gathered is used again while ``wanted`` stays the same.
 
     Source of the interface: ``AllGather`` in torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_api.py``.
     """
 
-    def __init__(self, inner: Any, packed: Unit) -> None:
-        self.inner, self._packed = inner, packed
+    def __init__(self, inner: Any, packed: Unit, keep: bool = False) -> None:
+        self.inner, self._packed, self._keep = inner, packed, keep
+        self.wanted = -1
+        """Which packing of the unit is to be gathered."""
+        self._kept: Tensor | None = None
+        self._kept_version = -1
         self._room, self._alone, self._joint = (
             packed.world * t.numel() for t in (packed.tail, packed.buffer, packed.memory)
         )
@@ -150,7 +167,16 @@ class PackedAllGather(DefaultAllGather):
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's output, behind room for the bytes of all ranks: both live as long as one of them is held."""
         nbytes = math.prod(map(int, size)) * dtype.itemsize
+        if self._kept is not None and self._kept_version == self.wanted:
+            self._gathered = self._kept
+            rest: Tensor = self.inner.allocate(size, dtype=dtype, device=device)
+            return rest
+        self._kept = None  # before there is another
         start = self._joint if nbytes <= self._room else self._alone
+        if self._keep:
+            self._gathered = self.inner.allocate((start,), dtype=torch.uint8, device=device)
+            rest = self.inner.allocate(size, dtype=dtype, device=device)
+            return rest
         whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
         self._gathered = whole[:start]
         rest = whole[start:]
@@ -159,6 +185,8 @@ class PackedAllGather(DefaultAllGather):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         packed, gathered = self._packed, self._gathered
         assert gathered is not None
+        if gathered is self._kept:
+            return self.inner(output_tensor, input_tensor, group, async_op)
         joint = gathered.numel() > self._alone
         if async_op or not joint:  # no time to copy the output, or no room for the input
             self._work = self.inner(gathered, packed.memory if joint else packed.buffer, group, async_op)
@@ -178,4 +206,12 @@ class PackedAllGather(DefaultAllGather):
         self._work = self._gathered = None
         if work is not None:
             work.wait()
+        if self._keep and gathered is not None:
+            if gathered.is_cuda:  # it may be freed on another stream than it is read on
+                gathered.record_stream(torch.cuda.current_stream(gathered.device))
+            self._kept, self._kept_version = gathered, self.wanted
         return gathered
+
+    def release(self) -> None:
+        """Free what is kept."""
+        self._kept = None

@@ -17,12 +17,14 @@ from unittest import mock
 from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
+from distributed.pair import keeping
 from nvfp4_qat import gather, gather_param, gather_unit
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
 APART = "-two-gathers"
 GENERAL = "-general-protocol"
+KEPT = "-kept"
 
 
 def forced(function: Callable[..., None]) -> Callable[..., None]:
@@ -47,6 +49,17 @@ def general(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(env: Env, **arguments: Any) -> None:
         with mock.patch.object(gather_param, "COMPARED", ()):
+            function(env, **arguments)
+
+    return run
+
+
+def kept(function: Callable[..., None]) -> Callable[..., None]:
+    """What was gathered stays until the optimizer's step."""
+
+    @functools.wraps(function)
+    def run(env: Env, **arguments: Any) -> None:
+        with keeping():
             function(env, **arguments)
 
     return run
@@ -90,3 +103,15 @@ again(training, 2, HERE, general, GENERAL, one_of("gradient_accumulation[last]",
 again(features, 2, HERE, general, GENERAL, one_of("explicit_unshard", "activation_checkpointing[wrapped-layers]"))
 again(traffic, 2, HERE, general, GENERAL, one_of("nothing_unsharded_stays[mixed]"))
 again(features, 2, HERE, apart, APART, one_of("explicit_unshard[async]"))
+again(training, 2, HERE, kept, KEPT, lambda name: name in {f"trains_as_module_mode[{variant}]" for variant in TRAINING})
+again(training, 2, HERE, kept, KEPT, one_of("gradient_accumulation[last]", "global_scales_move", "frozen_weights"))
+again(training, 2, HERE, kept, KEPT, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
+again(features, 2, HERE, kept, KEPT, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
+again(
+    features, 2, HERE, kept, KEPT, one_of("activation_checkpointing[wrapped-layers]", "memory_from_the_process_group")
+)
+again(traffic, 2, HERE, kept, KEPT, one_of("one_reduction_and_one_packing_a_step[plain]"))
+again(misuse, 2, HERE, kept, KEPT, one_of("a_bad_value_on_one_rank[nan-rank-1]", "an_error_inside_the_forward"))
+again(experts, 2, HERE, kept, KEPT, one_of("experts_implementations[grouped_mm-3]"))
+again(sync, 2, HERE, kept, KEPT, one_of("a_stream_between_forward_and_backward"))
+again(hsdp, 4, HERE, kept, KEPT, one_of("two_replicas_of_two_shards[mixed]", "four_shards[uneven]"))

@@ -11,9 +11,11 @@ twin, so that what follows, the optimizer's step and the next forward, is exact 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from helpers_distributed import Env
@@ -114,6 +116,18 @@ def shard(model: nn.Module, units: Units = layers, **options: Any) -> nn.Module:
     for unit in units(model):
         fully_shard(unit, **options)
     return fully_shard(model, **options)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Models that are prepared meanwhile keep what they gather until the optimizer's step."""
+    plain = nq.apply_qat
+
+    def apply_qat(model: nn.Module, config: nq.QATConfig, gather: str | None = None) -> nq.QuantPlan:
+        return plain(model, config, gather, keep_gathered=gather is not None)
+
+    with mock.patch.object(nq, "apply_qat", apply_qat):
+        yield
 
 
 class Twin:

@@ -13,7 +13,7 @@ import nvfp4_qat as nq
 from distributed.features import Checkpointed, seeded
 from distributed.instruments import Collectives, allocated, at_rest, live_bytes, local, packing, padded_numel, settled
 from distributed.models import decoder, uneven
-from distributed.pair import FULL, MIXED, Pair, expected_gather, layers, linears, loss_of, nothing
+from distributed.pair import FULL, MIXED, Pair, expected_gather, keeping, layers, linears, loss_of, nothing
 
 SCALES = {"bias": True, "width": 128, "hidden": 256}  # all shards are multiples of 256 weights: no padding anywhere
 
@@ -54,6 +54,33 @@ def _check_gathers(seen: Collectives, expected: int, units: int) -> None:
     assert len(gathers) == units, gathers
     others = {call.kind for call in seen.calls if call.kind != "gather"}
     assert others <= {"_reduce_scatter_base", "reduce_scatter_single"}, others
+
+
+@case(2)
+def bytes_that_are_kept_travel_once(env: Env) -> None:
+    """Of a step of several micro-batches only the first forward gathers 4-bit weights; the step frees them."""
+    with keeping():
+        pair = Pair(env, make=functools.partial(decoder, **SCALES), policy=MIXED, reshard_after_forward=True)
+    for _ in range(2):
+        pair.step()
+    quantized, rest = expected_gather(pair, env.world)
+    held = at_rest(lambda: live_bytes(env.device))
+    units = len(list(layers(pair.model))) + 1
+    for micro in range(3):
+        with Collectives() as forward:
+            out = pair.model(pair.inputs(micro)[env.rank])
+        travels = rest + (quantized if micro == 0 else 0)
+        assert travels <= forward.gathered() <= travels + 16 * units, f"{forward.gathered()} instead of {travels}"
+        with Collectives() as backward:
+            loss_of(out).backward()
+        assert rest <= backward.gathered() <= rest + 16 * units, f"{backward.gathered()} instead of {rest}"
+        del out
+    kept = settled(lambda: live_bytes(env.device) - held, 1 << 40)
+    pair.optimizer.zero_grad()
+    assert kept >= quantized * env.world
+    pair.optimizer.step()
+    limit = quantized // 2
+    assert settled(lambda: live_bytes(env.device) - held, limit) <= limit, "what was gathered is kept after the step"
 
 
 @case(2)
