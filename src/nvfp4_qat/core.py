@@ -45,8 +45,8 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None, ke
         model: a model on any device; on ``meta`` the weights may be loaded later.
         config: what to quantize and how. With ``enable=False`` the model is left as it is, with a warning.
         gather: None or "nvfp4".
-        keep_gathered: in gather mode, gather packed weights once per optimizer step, and keep them on every rank until then:
-            4.5 bits for each weight of the model. For slow links and gradient accumulation.
+        keep_gathered: in gather mode, gather packed weights once per optimizer step, and keep them on every rank until
+            then: 4.5 bits for each weight of the model. For slow links and gradient accumulation.
 
     Returns:
         The plan: every 4-bit tensor with its fusion group, every other one with the reason.
