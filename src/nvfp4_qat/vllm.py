@@ -342,14 +342,7 @@ class _State:
         if self.changing is None:
             raise UserError("no changes were announced")
         layout, pieces, self._pieces = self.changing, from_pieces(self._pieces, self.live.device), {}
-
-        def changes() -> Iterator[tuple[str, Tensor, Tensor]]:
-            for piece in pieces:
-                at, flips = piece.places()
-                for name, chosen, start in layout.split(at):
-                    yield name, at[chosen] - start, flips[chosen]
-
-        return self.live.change(changes())
+        return self.live.change(layout.taken_apart(pieces))
 
     def opened(self, buffers: Sequence[tuple[str, Shared]]) -> Tensor:
         """The buffer on this worker's device, mapped once."""
