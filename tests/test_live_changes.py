@@ -77,6 +77,22 @@ def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, frac
     assert list(snapshot.changes(new.items())) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [1e-3, 0.9])
+def test_changes_on_a_gpu_are_those_of_a_cpu(fraction, monkeypatch):
+    monkeypatch.setattr(live_changes, "PIECE", 1 << 16)
+    layout, old, new = Layout(ENTRIES), weights(1), moved(weights(1), fraction)
+    found = []
+    for device in ("cpu", "cuda"):
+        snapshot = Snapshot(layout, torch.device(device))
+        for name, t in old.items():
+            snapshot.keep(name, t.to(device))
+        pieces = list(snapshot.changes((name, t.to(device)) for name, t in new.items()))
+        found.append([(n, at.cpu(), flips.cpu()) for n, at, flips in layout.taken_apart(pieces)])
+    for a, b in zip(*found, strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
 def test_the_order_of_a_stream_does_not_matter():
     layout, new = Layout(ENTRIES), weights(3)
     snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)

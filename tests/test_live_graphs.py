@@ -162,6 +162,39 @@ def test_a_kind_that_cannot_be_captured_goes_on_without(fake):
     assert graphs.count == 0 and fake.replays <= 1
 
 
+@pytest.mark.gpu
+def test_what_cuda_cannot_capture_leaves_cuda_as_it_was():
+    def waits(own, table):
+        return [own["scale"].float()[own["codes"] > 99].sum() + own["scale"].float()]  # a size that only numbers tell
+
+    device = torch.device("cuda")
+    graphs, t = Graphs(device), tape(process=waits, device="cuda")
+    other = tape(device="cuda")
+    for seed in range(4):
+        own = parameters(seed, device="cuda")
+        assert same_bits(graphs.run(t, own).results[0], waits(own, None)[0])
+        check(graphs.run(other, own), own)
+        torch.rand(3, device="cuda")
+        torch.cuda.synchronize()
+    assert graphs.count == 1 and torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.gpu
+def test_graphs_run_in_order_with_the_stream_that_calls_them():
+    graphs, t, side = Graphs(torch.device("cuda")), tape(device="cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for seed in range(20):
+            own = parameters(seed, device="cuda")
+            torch.cuda._sleep(1_000_000)
+            for p in own.values():
+                p.data.copy_(p.detach().clone())
+            found = graphs.run(t, own)
+            kept = [r.clone() for r in found.results]
+            expected = rescaled(own, list(range(15, -1, -1)))
+            assert all(same_bits(a, b) for a, b in zip(kept, expected, strict=True))
+    assert graphs.count == 1
+
+
 def test_large_layers_and_full_memory(monkeypatch):
     fake = Fake()
     graphs = Graphs(CPU, fake)

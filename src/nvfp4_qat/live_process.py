@@ -50,6 +50,8 @@ class Processing:
     def __init__(self, code: EngineCode, quick: Quick, recipe: Recipe | None = None) -> None:
         self._code, self.quick, self._recipe = code, quick, recipe
         self._unsure: list[_Unsure] = []
+        self._bytes = 0
+        """Of their parameters."""
 
     def do(self, group: Group, filled: Mapping[str, nn.Parameter]) -> None:
         """Process what a group has got, and write the result.
@@ -65,12 +67,13 @@ class Processing:
         own = {name: {n: filled[key] for n, key in self._recipe.own(name).items()} for name in group.layers}
         for changes in [self._prepared(name, own[name], alone) for name in group.layers]:
             write(changes)
-        if sum(p.nbytes for unsure in self._unsure for p in unsure.own.values()) >= UNSURE:
+        if self._bytes >= UNSURE:
             self.settle()
 
     def settle(self) -> None:
         """Ask the device whether all was right so far, and let the engine's code do what was not. Raises as `do`."""
-        unsure, self._unsure = self._unsure, []
+        unsure = self._unsure
+        self.forget()
         if not unsure:
             return
         for one, same in zip(unsure, torch.stack([one.same for one in unsure]).tolist(), strict=True):
@@ -79,8 +82,8 @@ class Processing:
                 write(self._processed(one.name, one.own, alone=True))
 
     def forget(self) -> None:
-        """The update was given up."""
-        self._unsure = []
+        """Nobody needs to know any more."""
+        self._unsure, self._bytes = [], 0
 
     def _prepared(self, name: str, own: Mapping[str, nn.Parameter], alone: bool) -> list[Change]:
         """What a layer's processing changes, by its quick way if there is one."""
@@ -92,6 +95,7 @@ class Processing:
             return quick.changes
         if alone:
             self._unsure.append(_Unsure(name, own, quick.same))
+            self._bytes += sum(p.nbytes for p in own.values())
         elif not bool(quick.same):
             self.quick.missed(name)
             return self._processed(name, own, alone)
