@@ -13,8 +13,9 @@ the same shapes. A sync is `Rollout.sync`: manifest, pause, all tensors, commit,
 With ``direct``, vLLM's own ``reload_weights`` gets the same tensors in the same process (under their checkpoint names;
 experts one by one), and afterwards every tensor of the model is compared with what `Rollout.sync` made of them.
 Before each sync the trainer's weights are written, as by an optimizer, so that it includes packing them;
-``packing_seconds`` is what that takes alone. The first sync, which finds out where everything goes, and the second,
-which proves quicker ways of processing, are not in the median; they are reported beside it.
+``packing_seconds`` is what that takes alone; ``from_packed_seconds`` is a sync of weights that were packed before. The
+first sync, which finds out where everything goes, and the second, which proves quicker ways of processing, are not in
+the median; they are reported beside it.
 
 With ``--changes`` the model is then trained by AdamW on random tokens, and only what changed is sent; a row of its own
 says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
@@ -96,6 +97,15 @@ def packing(model: torch.nn.Module) -> float:
     return timed(stream)[0]
 
 
+def from_packed(rollout: Rollout, model: Any, args: argparse.Namespace) -> list[float]:
+    """Seconds of syncs for which the trainer only hands over what is packed."""
+    weights = list(nq.packed_weights(model, layout="fused"))
+    samples = [timed(lambda: rollout.sync(model, weights=weights))[0] for _ in range(args.repeats)]
+    if args.profile is not None:
+        profiled(lambda: rollout.sync(model, weights=weights), args.profile)
+    return samples
+
+
 def adamw_step(model: Any, lr: float, seed: int) -> None:
     """A first step of AdamW on random tokens, parameter by parameter, so that its state needs little memory."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -140,9 +150,11 @@ def measure(args: argparse.Namespace, transport: str) -> list[Row]:
         seconds, report = timed(lambda: rollout.sync(trainer))
         samples.append(seconds)
         extra.append(report.extra_bytes)
+    ready = from_packed(rollout, trainer, args)
     if args.profile is not None:
         touch(trainer)
         profiled(lambda: rollout.sync(trainer), args.profile)
+    held = max(w["ok"]["graph_bytes"] for w in llm.collective_rpc("nvfp4_status"))
     after = works()
     common: Row = {
         "benchmark": "rollout", "model": args.model, "layers": trainer.config.num_hidden_layers,
@@ -151,7 +163,8 @@ def measure(args: argparse.Namespace, transport: str) -> list[Row]:
     row: Row = {
         **common, "method": "everything", "bytes": report.bytes, "first_seconds": round(first, 3),
         "second_seconds": round(second, 3), **summary("packing_seconds", packed, 4),
-        **summary("seconds", samples, 4), "extra_bytes": max(extra),
+        **summary("seconds", samples, 4), **summary("from_packed_seconds", ready, 4), "extra_bytes": max(extra),
+        "graph_bytes": held,
         "check": "ok" if before != after else "the weights did not change what is generated",
     }  # fmt: skip
     if transport == "direct" and args.reload:

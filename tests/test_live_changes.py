@@ -42,22 +42,24 @@ def moved(old, fraction, seed=0):
 
 
 def applied(layout, memory, changes):
+    changes = sorted(changes, key=lambda piece: piece.start)
     for piece in changes:
         at, flips = piece.places()
         assert (at.diff() > 0).all() and (flips != 0).all()
-        for name, chosen, start in layout.split(at):
-            data = layout.view(memory, name).view(-1).view(torch.uint8)
-            data[at[chosen] - start] ^= flips[chosen]
+    for name, at, flips in layout.taken_apart(changes):
+        data = layout.view(memory, name).view(-1).view(torch.uint8)
+        data[at] ^= flips
 
 
 def bits(t):
     return t.contiguous().view(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("piece", [1 << 26, 1 << 17, 1000])
+@pytest.mark.parametrize(("piece", "few", "at_once"), [(1 << 27, 1 << 22, 1 << 23), (1 << 17, 100, 500), (1000, 9, 99)])
 @pytest.mark.parametrize("fraction", [0.0, 1e-5, 1e-3, 0.05, 0.9])
-def test_old_weights_with_the_changes_are_the_new_ones(piece, fraction, monkeypatch):
-    monkeypatch.setattr(live_changes, "PIECE", piece)
+def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, fraction, monkeypatch):
+    for name, value in (("PIECE", piece), ("FEW", few), ("AT_ONCE", at_once)):
+        monkeypatch.setattr(live_changes, name, value)
     layout = Layout(ENTRIES)
     old = weights(1)
     new = moved(old, fraction)
@@ -75,10 +77,38 @@ def test_old_weights_with_the_changes_are_the_new_ones(piece, fraction, monkeypa
     assert list(snapshot.changes(new.items())) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [1e-3, 0.9])
+def test_changes_on_a_gpu_are_those_of_a_cpu(fraction, monkeypatch):
+    monkeypatch.setattr(live_changes, "PIECE", 1 << 16)
+    layout, old, new = Layout(ENTRIES), weights(1), moved(weights(1), fraction)
+    found = []
+    for device in ("cpu", "cuda"):
+        snapshot = Snapshot(layout, torch.device(device))
+        for name, t in old.items():
+            snapshot.keep(name, t.to(device))
+        pieces = list(snapshot.changes((name, t.to(device)) for name, t in new.items()))
+        found.append([(n, at.cpu(), flips.cpu()) for n, at, flips in layout.taken_apart(pieces)])
+    for a, b in zip(*found, strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
 def test_the_order_of_a_stream_does_not_matter():
     layout, new = Layout(ENTRIES), weights(3)
     snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)
     applied(layout, memory, snapshot.changes(reversed(new.items())))
+    assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
+
+
+def test_pieces_within_what_another_spans():
+    layout, old, new = Layout(ENTRIES), weights(1), moved(weights(1), 0.01)
+    snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for name, t in old.items():
+        snapshot.keep(name, t)
+        layout.view(memory, name).copy_(t)
+    names = list(new)
+    order = [*names[:1], *names[-1:], *names[1:-1]]  # the first piece spans everything
+    applied(layout, memory, snapshot.changes((name, new[name]) for name in order))
     assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
 
 

@@ -72,6 +72,19 @@ def test_changed_codes_are_those_of_repacking_everything(name, chunk, monkeypatc
     assert torch.equal(found_map.read(live, changed), codes_of(new).flatten()[changed])
 
 
+@pytest.mark.gpu
+def test_codes_that_share_a_byte_are_changed_on_a_gpu():
+    device, shape = torch.device("cuda"), (1024, 512)
+    process = tiled(64, 16)
+    found_map = found(shape, lambda packed: [t.to(device) for t in process(packed.cpu())], device)
+    old, new = random_codes(shape, 1), random_codes(shape, 2)
+    live = [t.to(device) for t in process(old)]
+    flips = codes_of(old ^ new).flatten()
+    order = torch.randperm(len(flips))
+    found_map.change(live, order.to(device), flips[order].to(device))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(live, process(new), strict=True))
+
+
 def test_a_map_is_small():
     shape = (2048, 512)
     found_map = found(shape, tiled(64, 16), CPU)

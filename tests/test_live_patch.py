@@ -6,12 +6,14 @@ import random
 
 import pytest
 import torch
-from helpers_live import Up, bits
+from helpers_live import Bare, Up, bits
 from standin_engine import Model, announced, checkpoint
-from standin_layers import ALONE, Place
+from standin_layers import ALONE, Linear, Packed, Place, fixed, repacked
+from test_live_graphs import Fake
 
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.live_changes import Layout, Snapshot
+from nvfp4_qat.live_graphs import Graphs
 
 
 def moved(weights, fraction, seed, kinds=("weight_packed", "weight_scale", "weight", "bias")):
@@ -54,8 +56,7 @@ class Sync:
         live = self.engine.live
         changes = []
         for piece in self.snapshot.changes(weights.items()):
-            at, flips = piece.places()
-            changes += [(n, at[chosen] - start, flips[chosen]) for n, chosen, start in self.layout.split(at)]
+            changes += self.layout.taken_apart([piece])
         live.begin_changes(announced(weights))
         needed = sorted(live.change(changes))
         random.Random(0).shuffle(needed)
@@ -89,6 +90,48 @@ def test_changes_of_one_kind(kind):
     else:
         weights = moved(weights, 0.1, 5, (kind,))
     sync.changed(weights)
+
+
+class Scaled(Packed):
+    """Codes are transposed; scales are multiplied by a factor that the host looks at."""
+
+    def process_weights_after_loading(self, layer):
+        layer.weight = fixed(repacked(layer.weight_packed))
+        del layer.weight_packed
+        wide = layer.weight_scale.float()
+        factor = (448 / wide[wide > 0].max()).log2().floor().exp2().item()
+        layer.weight_scale = fixed((wide * factor).half().mT.contiguous())
+        layer.weight_global_scale = fixed(layer.weight_global_scale / factor)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_layers_with_another_factor_are_sent_whole_and_no_others(graphs):
+    def weights(seed, *largest):
+        g = torch.Generator().manual_seed(seed)
+        made = {}
+        for name, value in zip("abc", largest, strict=True):
+            scale = torch.rand(64, 4, generator=g) * value
+            scale[0, 0] = value
+            made[f"{name}.weight_packed"] = torch.randint(256, (64, 32), dtype=torch.uint8, generator=g)
+            made[f"{name}.weight_scale"] = scale.to(torch.float8_e4m3fn)
+            made[f"{name}.weight_global_scale"] = torch.rand(1, generator=g)
+        return made
+
+    sync = Sync.__new__(Sync)
+    build = lambda: Bare(**{n: Linear(64, (64,), method=Scaled) for n in "abc"})  # noqa: E731
+    sync.engine = Up(build, weights(0, 8.0, 8.0, 8.0))
+    for seed in (1, 2, 3):
+        sync.full(weights(seed, 8.0, 8.0, 8.0))
+        if graphs:
+            sync.engine.live.quick.graphs = Graphs(torch.device("cpu"), Fake())
+    assert sync.engine.live.quick.proved == 3
+    assert sync.changed(weights(4, 8.0, 8.0, 8.0)) == []
+    assert {name[0] for name in sync.changed(weights(5, 8.0, 2.0, 8.0))} == {"b"}
+    assert {name[0] for name in sync.changed(weights(6, 8.0, 2.0, 2.0))} == {"b", "c"}  # nothing is known of b now
+    sync.full(weights(7, 8.0, 2.0, 2.0))
+    sync.full(weights(8, 8.0, 2.0, 2.0))
+    assert sync.changed(weights(9, 8.0, 2.0, 2.0)) == []
+    assert (sync.engine.live.quick.graphs.count > 0) == graphs
 
 
 def test_an_engine_that_remembers_nothing_takes_no_changes():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nvfp4_qat.live_tape import CannotRepeatError, Recorder
+from nvfp4_qat.live_repeat import CannotRepeatError
+from nvfp4_qat.live_tape import Recorder
 
 PERMUTATION = [(7 * i) % 64 for i in range(64)]
 

@@ -88,11 +88,11 @@ def test_changes_that_break_off_are_healed_by_everything(monkeypatch):
     done = patcher._done
     calls = []
 
-    def failing(self, work):
+    def failing(self, work, asked):
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("out of memory")
-        return done(self, work)
+        return done(self, work, asked)
 
     monkeypatch.setattr(patcher, "_done", failing)
     step(model, 7)

@@ -74,7 +74,8 @@ def take_inventory(model: nn.Module) -> Inventory:
     """
     bare = _bare_model(model)
     children: dict[str, set[str]] = defaultdict(set)
-    for raw, _, _ in _walk(model):
+    walked = list(_walk(model))
+    for raw, _, _ in walked:
         parent, leaf = split_leaf(canonical_name(raw))
         children[parent].add(leaf)
 
@@ -83,7 +84,7 @@ def take_inventory(model: nn.Module) -> Inventory:
     weights: list[Weight] = []
     buffers: dict[str, tuple[int, ...]] = {}
     parameters: dict[str, int] = {}
-    for raw, module, adapter in _walk(model):
+    for raw, module, adapter in walked:
         name = canonical_name(raw)
         router = is_router(name, children)
         for param_name, param in module._parameters.items():

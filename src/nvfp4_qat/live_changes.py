@@ -10,7 +10,7 @@ crosses the border between two codes, and a block's scale when its largest magni
 
 from __future__ import annotations
 
-import bisect
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,14 @@ from .live_recipe import Incoming
 ALIGNMENT = 16
 """Bytes; tensors begin at multiples of it."""
 
-PIECE = 1 << 26
-"""Bytes that are compared at a time."""
+PIECE = 1 << 27
+"""Bytes that are compared before the device is waited for."""
+
+FEW = 1 << 22
+"""Changed bytes of which the places are found at a time; more are found in smaller pieces, or sent as they are."""
+
+AT_ONCE = 1 << 23
+"""Changes that are taken apart together."""
 
 FAR = {torch.uint8: 0xFF, torch.int16: 0xFFFF}
 """The largest distance between two places that is written down; in between are places where nothing changes."""
@@ -50,6 +56,7 @@ class Layout:
             at += -(-size // ALIGNMENT) * ALIGNMENT
         self.nbytes = at
         self.index = {entry.name: i for i, entry in enumerate(self.entries)}
+        self._edges = torch.tensor([*self.starts, at])
 
     def view(self, memory: Tensor, name: str) -> Tensor:
         """A tensor in memory of ``nbytes`` bytes."""
@@ -68,13 +75,25 @@ class Layout:
         """
         if not len(places):
             return
-        first, last = int(places[0]), int(places[-1])
-        low, high = bisect.bisect_right(self.starts, first) - 1, bisect.bisect_right(self.starts, last)
-        edges = torch.tensor([*self.starts[low:high], self.nbytes], device=places.device)
-        cuts = torch.searchsorted(places, edges).tolist()
-        for i, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        self._edges = self._edges.to(places.device)
+        cuts = torch.searchsorted(places, self._edges).tolist()
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
             if end > begin:
-                yield self.entries[low + i].name, slice(begin, end), self.starts[low + i]
+                yield self.entries[i].name, slice(begin, end), self.starts[i]
+
+    def taken_apart(self, pieces: Sequence[Changes]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Changes by tensor.
+
+        Args:
+            pieces: in the order of their first bytes.
+
+        Yields:
+            Name, bytes of it that change (int64 ``[n]``), and their flips; a tensor may come several times.
+        """
+        for several in _batches(pieces):
+            for at, flips in _places(several):
+                for name, chosen, start in self.split(at):
+                    yield name, at[chosen] - start, flips[chosen]
 
 
 @dataclass(frozen=True)
@@ -101,12 +120,39 @@ class Changes:
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Where bytes change, int64 ``[m]`` ascending, and their flips."""
-        if self.gaps is None:
-            at = self.flips.nonzero()[:, 0]
-            return at + self.start, self.flips[at]
-        at = self.start + (self.gaps.to(torch.int64) & FAR[self.gaps.dtype]).cumsum(0)
-        real = self.flips != 0
-        return at[real], self.flips[real]
+        real = self.flips.nonzero()[:, 0]
+        return real + self.start if self.gaps is None else self.stops()[real], self.flips[real]
+
+    def stops(self) -> Tensor:
+        """Where flips are that do not stand for all bytes, int64 ``[n]`` ascending; those between changes are zero."""
+        assert self.gaps is not None
+        return self.start + (self.gaps.to(torch.int64) & FAR[self.gaps.dtype]).cumsum(0)
+
+
+def _batches(pieces: Sequence[Changes]) -> Iterator[list[Changes]]:
+    """Pieces for whose sizes one waits once; those that hold all bytes are for themselves."""
+    several: list[Changes] = []
+    for piece in pieces:
+        full = sum(len(other.flips) for other in several) + len(piece.flips) > AT_ONCE
+        if several and (full or piece.gaps is None or several[-1].gaps is None):
+            yield several
+            several = []
+        several.append(piece)
+    if several:
+        yield several
+
+
+def _places(pieces: Sequence[Changes]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where bytes change, ascending, and their flips, as few times as possible."""
+    if len(pieces) > 1:
+        at, flips = torch.cat([piece.stops() for piece in pieces]), torch.cat([piece.flips for piece in pieces])
+        real = flips.nonzero()[:, 0]
+        at, flips = at[real], flips[real]
+        if bool((at.diff() > 0).all()):
+            yield at, flips
+            return
+    for piece in pieces:  # what one spans may hold another, if tensors came in another order
+        yield piece.places()
 
 
 class Snapshot:
@@ -190,10 +236,14 @@ class Snapshot:
             self._end, done = at + count, done + count
 
     def _finished(self) -> Iterator[Changes]:
-        found = compressed(self._first, self._flips[: self._end - self._first])
+        flips, first = self._flips[: self._end - self._first], self._first
         self._end = self._first
-        if found is not None:
-            yield found
+        count = int(torch.count_nonzero(flips))
+        step = len(flips) if count <= FEW else max(1, PIECE // 4)
+        for at in range(0, len(flips) if count else 0, step):
+            found = compressed(first + at, flips[at : at + step])
+            if found is not None:
+                yield found
 
 
 def compressed(start: int, flips: Tensor) -> Changes | None:

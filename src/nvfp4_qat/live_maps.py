@@ -81,12 +81,14 @@ class CodeMap:
             flips: uint8 ``[n]``: old code xor new code.
         """
         output, place = self.places(codes)
-        at, flip = place // 2, flips << (4 * (place % 2)).to(torch.uint8)
+        at, shift = place // 2, (4 * (place % 2)).to(torch.uint8)
         for i, tensor in enumerate(tensors):
             data = _bytes(tensor)
             mine = output == i
-            # The two codes of a byte are added up, which is done atomically: their bits do not touch.
-            data ^= torch.zeros_like(data).scatter_add_(0, at * mine, flip * mine)
+            mine_at = at * mine
+            # Two codes of a byte may change. What each adds to the byte, modulo 256, is added up atomically.
+            old = data[mine_at] >> shift & 15
+            data.scatter_add_(0, mine_at, ((old ^ flips) - old << shift) * mine)
 
     def read(self, tensors: Sequence[Tensor], codes: Tensor) -> Tensor:
         """Codes of processed tensors, uint8 ``[n]``."""

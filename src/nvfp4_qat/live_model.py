@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 from .errors import MismatchError, UserError
 from .live_copies import Loads
+from .live_graphs import Graphs
 from .live_materials import materialized
 from .live_patch import Patcher
+from .live_process import Processing, changes_of, write
 from .live_quick import Quick
 from .live_recipe import EngineCode, Group, Incoming, Recipe, same_form, some
 from .live_sleep import Kept
 from .live_trial import leaves_as_loaded
-from .live_twin import Change, Twin
+from .live_twin import Twin
 
 
 @dataclass
@@ -55,8 +57,7 @@ class LiveModel:
         self.whole = True
         """Whether all weights are of one version."""
         self._recipe: Recipe | None = None
-        self.quick = Quick(code)
-        """Shorter ways of processing, learned from the first updates."""
+        self._processing = Processing(code, Quick(code, Graphs(device)))
         self._deriving: list[str] = []
         self.patcher: Patcher | None = None
         """What changes of single bytes need; None: nothing is remembered for them."""
@@ -65,6 +66,11 @@ class LiveModel:
         self._filled: dict[str, nn.Parameter] = {}
         self._parts: dict[str, _Parts] = {}
         self._kept: Kept | None = None
+
+    @property
+    def quick(self) -> Quick:
+        """Shorter ways of processing, learned from the first updates."""
+        return self._processing.quick
 
     @property
     def updating(self) -> bool:
@@ -87,7 +93,8 @@ class LiveModel:
             recipe = Recipe(self.model, self.code, incoming)
             for group in recipe.groups:
                 group.plain = group.plain or leaves_as_loaded(recipe, group, self.device)
-            self._recipe, self.quick = recipe, Quick(self.code)
+            self._recipe = recipe
+            self._processing = Processing(self.code, Quick(self.code, Graphs(self.device)), recipe)
             self._deriving = [name for name, layer in self.model.named_modules() if self.code.derives(layer)]
             self.patcher = None
         self._recipe.look()
@@ -171,6 +178,7 @@ class LiveModel:
             with self._or_abandoned():
                 self._take(recipe, name, tensor.to(self.device).contiguous())
             missing.discard(name)
+        self._settle()
 
     def load_rows(self, name: str, start: int, rows: Tensor) -> None:
         """Take a part of a tensor that is too large to be sent at once; parts come in any order.
@@ -202,6 +210,7 @@ class LiveModel:
             with self._or_abandoned():
                 self._taken(recipe, name)
             missing.discard(name)
+            self._settle()
 
     def view(self, name: str, buffer: Tensor, at: int) -> Tensor:
         """An announced tensor that lies in a buffer.
@@ -230,16 +239,23 @@ class LiveModel:
         if missing:
             names = [f"{name} (not all of it)" if name in self._parts else name for name in sorted(missing)]
             raise MismatchError(f"{len(missing)} tensors have not come: {some(names)}")
+        self._settle()
         for name in list(self._deriving):
-            changes = self._changes(name, self._derived(self.model.get_submodule(name)))
+            with self._or_abandoned():
+                changes = changes_of(name, self._derived(self.model.get_submodule(name)))
             if not changes:
                 self._deriving.remove(name)  # it makes nothing that is weights, whatever these are
-            self._write(changes)
+            write(changes)
         self._missing, self.whole = None, True
 
     def abandon(self) -> None:
         """Give up an update; what it has written stays."""
         self._missing, self._filled, self._parts = None, {}, {}
+        self._processing.forget()
+
+    def _settle(self) -> None:
+        with self._or_abandoned():
+            self._processing.settle()
 
     @contextlib.contextmanager
     def _or_abandoned(self) -> Iterator[None]:
@@ -269,6 +285,7 @@ class LiveModel:
         """
         if self._kept is None:  # else the memory has been discarded already
             self._kept = Kept(self.model, self.code, self.device)
+        self.quick.graphs.clear()
         self.whole = False
         return self._kept.nbytes
 
@@ -336,31 +353,10 @@ class LiveModel:
         if group.plain:
             return
         alone = len(group.layers) == 1
-        for changes in [self._prepared(recipe, name, filled, alone) for name in group.layers]:
-            self._write(changes)
+        self._processing.do(group, filled)
         if alone and self.patcher is not None:
             (name,) = group.layers
             self.patcher.keep(name, {n: filled[key] for n, key in recipe.own(name).items()})
-
-    def _prepared(self, recipe: Recipe, name: str, filled: Mapping[str, nn.Parameter], alone: bool) -> list[Change]:
-        """What a layer's processing changes, by its quick way if there is one."""
-        own = {n: filled[key] for n, key in recipe.own(name).items()}
-        layer = recipe.module(name)
-        quick = self.quick.changes(name, layer, own)
-        if quick is not None:
-            return quick
-        twin = Twin(layer, own, self.code)
-
-        def process() -> list[Change]:
-            twin.process()
-            return self._changes(name, twin)
-
-        def attempt(parameters: Mapping[str, nn.Parameter]) -> list[Change]:
-            other = Twin(layer, parameters, self.code, apart=True)
-            other.process()
-            return other.changes()
-
-        return self.quick.watched(name, layer, twin, own, process, attempt, alone)
 
     def _derived(self, layer: nn.Module) -> Twin:
         """A layer that keeps tensors made from other layers' weights, with these made anew."""
@@ -373,18 +369,3 @@ class LiveModel:
                 p.copy_(live[n])
             self.code.derive(twin.layer)
         return twin
-
-    def _changes(self, name: str, twin: Twin) -> list[Change]:
-        try:
-            return twin.changes()
-        except MismatchError as error:
-            self.abandon()
-            raise MismatchError(
-                f"{name} does not come out as it did when the engine was started: {error}. Start the engine anew."
-            ) from None
-
-    @staticmethod
-    def _write(changes: Iterable[Change]) -> None:
-        with torch.no_grad():
-            for change in changes:
-                change.live.data.copy_(change.new)

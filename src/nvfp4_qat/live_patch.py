@@ -4,7 +4,8 @@ What an engine makes of packed codes is a permutation, which `live_maps` finds: 
 lie. What it makes of everything else (scales, biases, global scales) is small and not always a permutation: these
 parameters are kept as they were loaded, changed there, and processed again (`live_quick.Quick.parts`). If the engine's
 code would look at another number now, such as a scale factor shared by a layer, that layer has to be sent whole, as has
-every layer for which one of this is not known. Weights that kernels read as they are loaded are changed in place.
+every layer for which one of this is not known. The device is asked for these numbers once, when all layers are done.
+Weights that kernels read as they are loaded are changed in place.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Patcher:
                 ``[n]``); a tensor may come several times, with other bytes.
 
         Returns:
-            Names of all tensors of layers that must be sent whole; these were not changed.
+            Names of all tensors of layers that must be sent whole; what these hold until then is worth nothing.
         """
         works: dict[int, _Work] = {}
         whole: set[str] = set()
@@ -91,13 +92,28 @@ class Patcher:
                     group = next(g for g in groups if key in g.parameters)
                     work = works.setdefault(id(group), _Work(group))
                     work.spots.setdefault(key, []).append((to, flips[taken]))
+        asked: list[tuple[_Work, Tensor]] = []
         for work in works.values():
-            if not work.group.awaited & whole and not self._done(work):
+            if not work.group.awaited & whole and not self._done(work, asked):
                 whole |= work.group.awaited
+        if asked:
+            for (work, _), same in zip(asked, torch.stack([same for _, same in asked]).tolist(), strict=True):
+                if not same:
+                    self._kept.pop(work.group.layers[0], None)
+                    whole |= work.group.awaited
         return whole
 
-    def _done(self, work: _Work) -> bool:
-        """Change a group of layers; False if it must be sent whole, and was not changed."""
+    def _done(self, work: _Work, asked: list[tuple[_Work, Tensor]]) -> bool:
+        """Change a group of layers.
+
+        Args:
+            work: what to do.
+            asked: is told what the device knows: whether the numbers that the engine's code looks at are the same.
+                If not, what was written is wrong, and is written over when the layer is sent whole.
+
+        Returns:
+            False: it must be sent whole.
+        """
         spots = {key: _joined(several) for key, several in work.spots.items()}
         if work.group.plain:
             for key, (at, flips) in spots.items():
@@ -117,28 +133,28 @@ class Patcher:
         packed = {names[key]: spot for key, spot in spots.items() if names[key] in parts}
         others = {names[key]: spot for key, spot in spots.items() if names[key] not in parts}
         maps = {name: self._map(layer_name, name, parts[name]) for name in packed}
-        new: list[Tensor] = []
-        if others:
-            for name, (at, flips) in others.items():
-                if name in kept:  # else no kernel reads what it becomes
-                    _memory(kept[name])[at] ^= flips
-            made = parts[""].tape.repeat(kept)
-            if made is None:
-                del self._kept[layer_name]
-                return False
-            new = made
         if any(m is None for m in maps.values()):
             self._kept.pop(layer_name, None)
             return False
         with torch.no_grad():
+            if others:
+                for name, (at, flips) in others.items():
+                    if name in kept:  # else no kernel reads what it becomes
+                        _memory(kept[name])[at] ^= flips
+                made = self._quick.graphs.run(parts[""].tape, kept)
+                if made is None:
+                    self._kept.pop(layer_name)
+                    return False
+                for target, t in zip(parts[""].live, made.results, strict=True):
+                    target.data.copy_(t)
+                if made.same is not None:
+                    asked.append((work, made.same))
             for name, (at, flips) in packed.items():
                 code_map = maps[name]
                 assert code_map is not None
                 codes = torch.stack((2 * at, 2 * at + 1), -1).view(-1)
                 code_flips = torch.stack((flips & 15, flips >> 4), -1).view(-1)
                 code_map.change([t.data for t in parts[name].live], codes, code_flips)
-            for live_tensor, t in zip(parts[""].live if new else (), new, strict=True):
-                live_tensor.data.copy_(t)
         return True
 
     def _map(self, layer: str, name: str, part: Part) -> CodeMap | None:

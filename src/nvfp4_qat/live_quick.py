@@ -3,8 +3,9 @@
 The first update of a layer is processed by the engine's code, and noted (`live_tape`), or done besides by a faster
 routine that `EngineCode.quicker` has for it. The second is done both ways, and so are made-up parameters that differ
 everywhere, since weights of two updates hardly do. Only if both ways give the same bits is the quick one used from the
-third update on. It is given up for good when they differ. When a number that the engine's code looks at has become
-another one, such as a scale factor, that update goes the long way and is noted anew.
+third update on, by a CUDA graph where there is one (`live_graphs`). It is given up for good when they differ. When a
+number that the engine's code looks at has become another one, such as a scale factor, that update goes the long way and
+is noted anew; who takes a quick way is told of that by the device, so as not to wait for it at each layer.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .live_graphs import Graphs, from_tape
 from .live_recipe import EngineCode
-from .live_tape import CannotRepeatError, Recorder, Tape
+from .live_repeat import CannotRepeatError, Tape, same_bits
+from .live_tape import Recorder
 from .live_twin import Change, Path, Twin, tensors
 
 logger = logging.getLogger(__name__)
@@ -52,15 +55,28 @@ class _Way:
     proved: bool = False
 
 
+class Made(NamedTuple):
+    """What a quick way gives.
+
+    Args:
+        changes: valid until the next quick way is gone.
+        same: bool ``[]`` on the device; if False, they are worth nothing. None: they are right.
+    """
+
+    changes: list[Change]
+    same: Tensor | None
+
+
 class Quick:
     """The quick ways of a model's layers.
 
     Args:
         code: the engine's.
+        graphs: repeat what they can.
     """
 
-    def __init__(self, code: EngineCode) -> None:
-        self._code = code
+    def __init__(self, code: EngineCode, graphs: Graphs) -> None:
+        self._code, self.graphs = code, graphs
         self._ways: dict[str, _Way | None] = {}
         """By layer; None: there is none."""
         self.taken = 0
@@ -86,13 +102,14 @@ class Quick:
         way = self._ways.get(name)
         return {} if way is None or not way.proved else way.parts
 
-    def changes(self, name: str, layer: nn.Module, parameters: Parameters) -> list[Change] | None:
+    def changes(self, name: str, layer: nn.Module, parameters: Parameters, alone: bool = True) -> Made | None:
         """What processing would change, if there is a proved quick way and it can be gone.
 
         Args:
             name: of the layer.
             layer: the live one.
-            parameters: loaded.
+            parameters: loaded; they stay as they are, as the engine's code may have to process them yet.
+            alone: whether the result is used before the next one is asked for.
         """
         way = self._ways.get(name)
         if way is None or not way.proved:
@@ -100,12 +117,18 @@ class Quick:
         if not all(_same_place(_found(layer, path), live) for path, live in way.targets):
             del self._ways[name]
             return None
-        new = _repeated(way.tape, parameters)
+        new = (self.graphs.run if alone else from_tape)(way.tape, parameters)
         if new is None:
             del self._ways[name]
             return None
         self.taken += 1
-        return [Change(path, live, t) for (path, live), t in zip(way.targets, new, strict=True)]
+        changes = [Change(path, live, t) for (path, live), t in zip(way.targets, new.results, strict=True)]
+        return Made(changes, new.same)
+
+    def missed(self, name: str) -> None:
+        """A number was another one: the quick way that was taken did not lead anywhere."""
+        self.taken -= 1
+        self._ways.pop(name, None)
 
     def watched(
         self,
@@ -274,19 +297,9 @@ def _covers(targets: Iterable[tuple[Path, Tensor]], new: Sequence[Tensor], chang
     return not left
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    lines = (t.detach().contiguous().as_strided((t.numel(),), (1,)) for t in (a, b))
-    return torch.equal(*(line.view(torch.uint8) for line in lines))
-
-
 def _repeated(tape: Tape, parameters: Parameters) -> list[Tensor] | None:
-    """The parameters stay as they are: the engine's code may need them afterwards."""
-    return tape.repeat(
-        {n: p.detach().clone() for n, p in parameters.items()} if tape.changes_parameters else parameters
-    )
+    found = from_tape(tape, parameters)
+    return None if found is None or found.same is not None and not bool(found.same) else found.results
 
 
 def _same_place(found: Any, live: Tensor) -> bool:

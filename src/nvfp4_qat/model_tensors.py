@@ -13,7 +13,7 @@ Source: transformers 5.23 ``PreTrainedModel._get_dtype_plan``; torch FSDP ``Mixe
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +141,19 @@ def check_finite(name: str, tensor: Tensor) -> None:
         low, high = torch.aminmax(tensor.detach())  # without a temporary of the tensor's size; NaN wins
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(f"{name} holds NaN or Inf: it cannot be exported. Check the training step that made it.")
+
+
+def check_all_finite(tensors: Mapping[str, ModelTensor]) -> None:
+    """`check_finite` of what is stored of many tensors. Waits for each device once.
+
+    Rounding keeps the order of numbers, so that the stored extremes are those of the tensor, rounded.
+    """
+    fine: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, entry in tensors.items():
+        if entry.tensor.is_floating_point() and entry.tensor.numel():
+            low, high = (t.to(entry.stored_dtype) for t in torch.aminmax(entry.tensor.detach()))
+            fine.setdefault(entry.tensor.device, []).append((name, torch.isfinite(low) & torch.isfinite(high)))
+    for found in fine.values():
+        for (name, _), good in zip(found, torch.stack([t for _, t in found]).tolist(), strict=True):
+            if not good:
+                check_finite(name, tensors[name].stored())

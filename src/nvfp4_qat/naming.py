@@ -7,6 +7,7 @@ twin speak of the same layers, and a pattern means the same whichever wrapper is
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _LEADING = (("base_model", "model"), ("module",))
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$|\W)|^\d+(?=\.)")
 
 
+@functools.lru_cache(maxsize=1 << 17)  # asked for every name of a model several times in a sync
 def canonical_name(name: str) -> str:
     """Return `name` without the components that training wrappers insert.
 

@@ -30,7 +30,7 @@ from .config import QATConfig
 from .core import pack_from_masters, qat_plan
 from .entries import SkippedTensor
 from .errors import UserError
-from .model_tensors import ModelTensor, check_finite, check_full, is_fully_sharded, model_tensors
+from .model_tensors import ModelTensor, check_all_finite, check_finite, check_full, is_fully_sharded, model_tensors
 from .naming import canonical_name, join
 from .plan import CheckpointSlice, QuantizedTensor, QuantPlan
 
@@ -83,7 +83,8 @@ def packed_weights(
         divisor (float32). Tensors may share memory with the model: copy what is to outlive its next step.
 
     Raises:
-        UserError: `apply_qat` was not called; unknown layout or rank; NaN or Inf, while iterating.
+        UserError: `apply_qat` was not called; unknown layout or rank; NaN or Inf, while iterating (in what is not
+            quantized, before the first tensor).
         StaleWeightsError: while iterating; see `nvfp4_qat.core.pack_from_masters`. Of a sharded model every rank raises
             the same errors, before the first tensor.
     """
@@ -131,9 +132,12 @@ def _sharded_stream(
 def _stream(
     model: nn.Module, plan: QuantPlan, tensors: dict[str, ModelTensor], layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, entry in tensors.items():
-        if name not in plan:
-            yield from _passed(name, entry.stored(), output_slices(plan, name, layout))
+    plain = {name: entry for name, entry in tensors.items() if name not in plan}
+    check_all_finite(plain)
+    for name, entry in plain.items():
+        stored = entry.stored()
+        for part in output_slices(plan, name, layout):
+            yield part.name, part.of(stored).contiguous()
     for planned, packed in pack_from_masters(model):
         yield from _parts(packed, output_slices(plan, planned.name, layout))
 

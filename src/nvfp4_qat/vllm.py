@@ -228,8 +228,7 @@ class LiveWeights:
         state = _state(self)
         state.expect(update)
         state.live.commit()
-        if state.live.device.type == "cuda":
-            torch.cuda.synchronize(state.live.device)
+        state.finished()
         state.version = state.coming
         state.extra_bytes = state.watched()
         state.forget()
@@ -290,7 +289,7 @@ class _State:
         self._received: Tensor | None = None
 
     def status(self) -> dict[str, Any]:
-        """The version of the last complete update, whether all weights are of it, and the group for broadcasts."""
+        """The version of the last complete update, whether all weights are of it, what is held, and the group."""
         return {
             "instance": self.instance,
             "version": self.version,
@@ -298,8 +297,9 @@ class _State:
             "updating": self.update is not None,
             "group": self.group_name,
             "extra_bytes": self.extra_bytes,
-            "remembers": self.live.patcher is not None,
-            "remembered_bytes": 0 if self.live.patcher is None else self.live.patcher.nbytes,
+            "graph_bytes": self.live.quick.graphs.nbytes,
+            "remembers": (patcher := self.live.patcher) is not None,
+            "remembered_bytes": 0 if patcher is None else patcher.nbytes,
         }
 
     def watch(self) -> None:
@@ -312,6 +312,11 @@ class _State:
         cuda = self.live.device.type == "cuda"
         return torch.cuda.max_memory_allocated(self.live.device) - self._before if cuda else 0
 
+    def finished(self) -> None:
+        """Wait for the device."""
+        if self.live.device.type == "cuda":
+            torch.cuda.synchronize(self.live.device)
+
     def expect(self, update: str) -> None:
         """Refuse what belongs to another update."""
         if self.update is None:
@@ -322,8 +327,7 @@ class _State:
     def load(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         """Take tensors; when this returns, their memory may be used again by anybody."""
         self.live.load(self._without_changes(named))
-        if self.live.device.type == "cuda":
-            torch.cuda.synchronize(self.live.device)
+        self.finished()
         return self.status()
 
     def _without_changes(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -338,14 +342,7 @@ class _State:
         if self.changing is None:
             raise UserError("no changes were announced")
         layout, pieces, self._pieces = self.changing, from_pieces(self._pieces, self.live.device), {}
-
-        def changes() -> Iterator[tuple[str, Tensor, Tensor]]:
-            for piece in pieces:
-                at, flips = piece.places()
-                for name, chosen, start in layout.split(at):
-                    yield name, at[chosen] - start, flips[chosen]
-
-        return self.live.change(changes())
+        return self.live.change(layout.taken_apart(pieces))
 
     def opened(self, buffers: Sequence[tuple[str, Shared]]) -> Tensor:
         """The buffer on this worker's device, mapped once."""
