@@ -131,7 +131,7 @@ def test_rows_of_two_processes(together):
     step, sync = read(together / "step.jsonl"), read(together / "sync.jsonl")
     for row in step + sync:
         check_schema(row)
-    assert len(step) == 3 * 5 and len(sync) == 2 * 8
+    assert len(step) == 3 * 6 and len(sync) == 2 * 8
     assert all(row["check"] == "ok" for row in step + sync)
 
 
@@ -151,6 +151,8 @@ def test_gather_mode_gathers_four_and_a_half_bits(together):
         # Two micro-batches gather the layers in forward and in backward; half of it comes from the other rank.
         saved = 2 * 2 * elements * (2 - 4.5 / 8) / 2
         assert gathered["bf16"] - gathered["gather"] == pytest.approx(saved, rel=0.02)  # padding to 16 bytes
+        kept = elements * (2 * 2 * 2 - 4.5 / 8) / 2  # only the first of these gathers brings packed weights
+        assert gathered["bf16"] - gathered["keep"] == pytest.approx(kept, rel=0.02)
         rows = [row for row in read(together / "sync.jsonl") if row["model"] == name]
         streams = {(row["method"], row["layout"], row["ranks"]): row for row in rows}
         for method in ("bf16, full_tensor()", "bf16, unshard()"):

@@ -85,12 +85,15 @@ def scored(llm: Any, prompts: list[list[int]], responses: list[list[int]]) -> Te
 
 @torch.no_grad()
 def trained(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """What the trainer's forward gives for the same tokens."""
-    rows = []
-    for p, r in zip(prompts, responses, strict=True):
-        ids = torch.tensor([p + r], device="cuda")
-        logits = model(input_ids=ids).logits[0, len(p) - 1 : -1].float()
-        rows.append(logits.log_softmax(-1).gather(1, ids[0, len(p) :, None])[:, 0].double().cpu())
+    """What the trainer's forward gives for the same tokens; sequences of a length go through it together."""
+    rows: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for length in {len(p) for p in prompts}:
+        chosen = [i for i, p in enumerate(prompts) if len(p) == length]
+        ids = torch.tensor([prompts[i] + responses[i] for i in chosen], device="cuda")
+        logits = model(input_ids=ids).logits[:, length - 1 : -1].float()
+        found = logits.log_softmax(-1).gather(2, ids[:, length:, None])[..., 0].double().cpu()
+        for i, row in zip(chosen, found, strict=True):
+            rows[i] = row
     return torch.stack(rows)
 
 
