@@ -11,7 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from nvfp4_qat import QATConfig, cli, engine_probe  # noqa: E402
+from nvfp4_qat import (  # noqa: E402
+    QATConfig,
+    cli,
+    engine_memory,  # noqa: E402
+    engine_probe,
+)
 from nvfp4_qat.engine_memory import EngineMemory, EngineSettings, measure_engines, write_config  # noqa: E402
 from nvfp4_qat.errors import UserError  # noqa: E402
 from nvfp4_qat.models import load_model  # noqa: E402
@@ -77,6 +82,22 @@ def test_precisions_that_do_not_exist():
         measure_engines("tiny", QATConfig(), SETTINGS, ["fp8"])
     with pytest.raises(UserError, match="not none"):
         measure_engines("tiny", QATConfig(), SETTINGS, [])
+
+
+def test_each_precision_is_written_when_it_is_measured(monkeypatch, tmp_path):
+    out, said = tmp_path / "new" / "rows.jsonl", []
+
+    def probe(directory, settings, precision):
+        if precision == "nvfp4":
+            raise UserError("the nvfp4 engine did not start")
+        return {"weights_bytes": 7}
+
+    monkeypatch.setattr(engine_memory, "_probe", probe)
+    with pytest.raises(UserError, match="nvfp4 engine did not start"):
+        measure_engines("tiny", QATConfig(enable=True), SETTINGS, out=out, say=said.append)
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert (row["precision"], row["weights_bytes"]) == ("bf16", 7)
+    assert [line.split(":")[0] for line in said] == ["bf16", "nvfp4"]
 
 
 def test_without_vllm_or_a_gpu_the_command_says_what_is_missing(capsys):

@@ -333,11 +333,9 @@ def _bench(args: argparse.Namespace) -> int:
 
     fields = (*(row[0] for row in BENCH_SETTINGS), "decode", "eager")
     settings = EngineSettings(**{name: getattr(args, name) for name in fields})
-    found = measure_engines(args.model, _config(args), settings, args.precisions)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found.rows())
+    found = measure_engines(
+        args.model, _config(args), settings, args.precisions, args.out, lambda line: print(line, file=sys.stderr)
+    )
     print(json.dumps(found.rows(), indent=2) if args.json else found.table())
     return 0
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,12 @@ def _apart(values: Sequence[float], form: str) -> list[str]:
 
 
 def measure_engines(
-    model: str, config: QATConfig, settings: EngineSettings, precisions: Sequence[str] = PRECISIONS
+    model: str,
+    config: QATConfig,
+    settings: EngineSettings,
+    precisions: Sequence[str] = PRECISIONS,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> EngineMemory:
     """Start an engine in each precision and read what it takes.
 
@@ -115,6 +120,8 @@ def measure_engines(
         config: what is 4-bit.
         settings: of the engines.
         precisions: some of `PRECISIONS`.
+        out: a file to which each precision's row is appended as a line of JSON as soon as it is measured.
+        say: told what is being done; an engine takes minutes.
 
     Raises:
         UserError: an unknown precision, or vLLM or a GPU is missing, or the engine does not start.
@@ -129,8 +136,17 @@ def measure_engines(
         for precision in precisions:
             directory = Path(folder, precision)
             write_config(directory, loaded.model, plan if precision == "nvfp4" else None)
+            say(f"{precision}: starting vLLM with random weights, measuring its memory and decoding …")
             found[precision] = _probe(directory, settings, precision)
+            if out is not None:
+                _append(out, EngineMemory(loaded.name, settings, {precision: found[precision]}).rows())
     return EngineMemory(loaded.name, settings, found)
+
+
+def _append(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_config(directory: Path, model: Any, plan: QuantPlan | None) -> None:
