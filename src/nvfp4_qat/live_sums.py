@@ -1,0 +1,140 @@
+"""Checksums of groups of tensors, over the position and the value of every word, in one pass over their memory.
+
+A word is 8 bytes. Two 32-bit numbers that hang on its position are added to its halves, and the product of these, 64
+bits, is what it adds to the sum (as in NH, the hash of UMAC: Black et al., 1999). Each word is mixed for itself, so
+that no order of additions changes the sum; but words that change places do, and so does each bit: two groups that
+differ have the same sum with a probability of about 2^-32. That is against accidents, not against attacks.
+
+On a GPU all tensors are one launch (`live_sums_kernel`), with a table of where they lie that is made anew only when
+they are others; it reads memory about as fast as that goes. Tensors of other sizes or addresses than multiples of 8
+bytes are read byte by byte in a second launch, each byte as a word of eight of it, and those with gaps between their elements as contiguous copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WORD = 8
+"""Bytes."""
+
+CHUNK = 1 << 22
+"""Words that are mixed at a time without the kernel."""
+
+Units = Mapping[str, Sequence[Tensor]]
+"""Tensors by the name of the group that they belong to."""
+
+
+class Sums:
+    """Sums of groups of tensors that stay where they are.
+
+    Args:
+        device: theirs.
+        kernel: whether the kernel does it also on a CPU, where Triton interprets it; for tests.
+        tile: words a program has at once, how often, and programs that share a span of a tensor.
+    """
+
+    def __init__(self, device: torch.device, kernel: bool = False, tile: tuple[int, int, int] = (1024, 8, 16)) -> None:
+        self._device, self._kernel, self._tile = device, kernel or device.type == "cuda", tile
+        self._known: list[Any] = []
+        self._tables: dict[torch.dtype, Tensor] = {}
+        self._alone: list[tuple[int, int, Tensor]] = []
+
+    def of(self, units: Units) -> Tensor:
+        """The sum of each group, int64 ``[groups]`` on the device; nothing is waited for."""
+        known = [(name, [_place(t) for t in tensors]) for name, tensors in units.items()]
+        if known != self._known:
+            self._lay_out(units)
+            self._known = known
+        out = torch.zeros(len(units), dtype=torch.int64, device=self._device)
+        for dtype, table in self._tables.items():
+            self._launch(dtype, table, out)
+        for index, first, t in self._alone:
+            out[index] += summed(words_of(t), first)
+        return out
+
+    def _lay_out(self, units: Units) -> None:
+        rows: dict[torch.dtype, list[Any]] = {torch.int64: [], torch.uint8: []}
+        self._alone = []
+        span = self._tile[0] * self._tile[1] * self._tile[2]
+        for index, tensors in enumerate(units.values()):
+            first = 0
+            for t in tensors:
+                words = words_of(t)
+                count = words.numel()
+                if self._kernel and line_of(t) is not None:
+                    starts = np.arange(0, count, span)
+                    row = np.empty((len(starts), 4), dtype=np.int64)
+                    row[:, 0] = t.data_ptr() + starts * words.element_size()
+                    row[:, 1] = np.minimum(count - starts, span)
+                    row[:, 2] = first + starts
+                    row[:, 3] = index
+                    rows[words.dtype].append(row)
+                elif count:
+                    self._alone.append((index, first, t))
+                first += count
+        self._tables = {
+            dtype: torch.from_numpy(np.concatenate(found)).to(self._device) for dtype, found in rows.items() if found
+        }
+
+    def _launch(self, dtype: torch.dtype, table: Tensor, out: Tensor) -> None:
+        import triton.language as tl
+
+        from .launch import on_device
+        from .live_sums_kernel import sums_kernel
+
+        words, steps, programs = self._tile
+        kind = tl.int64 if dtype == torch.int64 else tl.uint8
+        with on_device(out):
+            sums_kernel[(len(table) * programs,)](table, out, TYPE=kind, WORDS=words, STEPS=steps, PROGRAMS=programs)
+
+
+def line_of(t: Tensor) -> Tensor | None:
+    """All elements of a tensor in the order of memory, one dimension; None if there are gaps between them."""
+    strides = t.stride()
+    ordered = t.detach().permute(sorted(range(t.ndim), key=lambda dim: -strides[dim]))
+    return ordered.as_strided((t.numel(),), (1,)) if ordered.is_contiguous() else None
+
+
+def words_of(t: Tensor) -> Tensor:
+    """A tensor as words, int64 ``[n]``; as single bytes, uint8 ``[n]``, where it cannot be read as such."""
+    line = line_of(t)
+    if line is None:
+        line = t.detach().contiguous().view(-1)
+    data = line.view(torch.uint8)
+    return data.view(torch.int64) if data.numel() % WORD == 0 and data.data_ptr() % WORD == 0 else data
+
+
+def summed(words: Tensor, first: int) -> Tensor:
+    """The sum of words, int64 ``[]``.
+
+    Args:
+        words: int64 or uint8 ``[n]``.
+        first: position of the first one.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for at in range(0, len(words), CHUNK):
+        part = words[at : at + CHUNK].to(torch.int64)
+        part = part if words.dtype == torch.int64 else part * 0x01010101_01010101
+        position = torch.arange(first + at, first + at + len(part), dtype=torch.int64, device=words.device)
+        total += mixed(part, position).sum()
+    return total
+
+
+def mixed(words: Tensor, position: Tensor) -> Tensor:
+    """What words at some positions add to a sum; all int64 ``[n]``. Numbers of 32 bits and products wrap around."""
+    x = (position.to(torch.int32) + 0x3C6EF372) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x2C1B3C6D
+    first = x ^ ((x >> 13) & 0x7FFFF)
+    second = first * 0x297A2D39
+    second = second ^ ((second >> 16) & 0xFFFF)
+    low, high = words.to(torch.int32) + first, (words >> 32).to(torch.int32) + second
+    return low.to(torch.int64) * high.to(torch.int64)
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
