@@ -35,6 +35,7 @@ def units() -> dict[str, list[Tensor]]:
         "several": [anything(64, 24), anything(8, dtype=torch.bfloat16, seed=1), anything(3, 5, dtype=torch.float32)],
         "odd": [anything(1, dtype=torch.float32), anything(300, offset=3), anything(7, 9)],
         "columns": [anything(16, 8, dtype=torch.int32).t()],
+        "halves": list(anything(16, 16, dtype=torch.int32, seed=6).split([5, 11], 1)),
         "gaps": [anything(16, 16)[:, 3:7], anything(2, dtype=torch.int32)[:1].expand(5)],
         "empty": [anything(0, 4)],
         "none": [],
@@ -43,12 +44,15 @@ def units() -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def test_the_kernel_gives_the_sums_of_plain_torch(device: str) -> None:
-    there = {name: [t.to(device) for t in tensors] for name, tensors in units().items()}
-    for name, tensors in units().items():  # transfers may change strides
-        there[name] = [t.as_strided(s.shape, s.stride()) if line_of(s) is not None and s.is_contiguous() else t
-                       for t, s in zip(there[name], tensors, strict=True)]  # fmt: skip
-    here = {name: [t.cpu() for t in tensors] for name, tensors in there.items()}
-    plain = Sums(CPU).of(here)
+    moved: dict[int, torch.UntypedStorage] = {}
+
+    def put(t: Tensor) -> Tensor:
+        storage = moved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().clone().to(device=device))
+        return torch.empty(0, dtype=t.dtype, device=device).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+    found = units()
+    there = {name: [put(t) for t in tensors] for name, tensors in found.items()}
+    plain = Sums(CPU).of(found)
     assert plain.tolist()[-2:] == [0, 0] and len(set(plain.tolist())) == len(plain) - 1
     sums = Sums(torch.device(device), kernel=True, tile=TILE)
     for _ in range(2):
@@ -100,6 +104,14 @@ def test_the_highest_bits_of_two_words_do_not_cancel() -> None:
             seen.add(int(sums.of({"": [words]})))
             words[[i, j]] ^= -(1 << 63)
     assert len(seen) == 64 * 63 // 2
+
+
+def test_halves_of_a_matrix_are_read_together() -> None:
+    matrix, sums = anything(16, 16, dtype=torch.int32, seed=6), Sums(CPU, kernel=True, tile=TILE)
+    left, right = matrix.split([5, 11], 1)
+    whole = sums.of({"": [matrix]})
+    assert sums.of({"": [right, left]}) == sums.of({"": [left, right.as_strided(right.shape, right.stride())]}) == whole
+    assert not sums._alone and sums.of({"": [left]}) != whole and sums._alone
 
 
 def test_what_is_a_word() -> None:

@@ -7,7 +7,8 @@ differ have the same sum with a probability of about 2^-32. That is against acci
 
 On a GPU all tensors are one launch (`live_sums_kernel`), with a table of where they lie that is made anew only when
 they are others; it reads memory about as fast as that goes. Tensors of other sizes or addresses than multiples of 8
-bytes are read byte by byte in a second launch, each byte as a word of eight of it, and those with gaps between their elements as contiguous copies.
+bytes are read byte by byte in a second launch, each byte as a word of eight of it. Those with gaps between their
+elements are read together if they fill each other's, as two halves of a matrix do, or else as contiguous copies.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Sums:
         span = self._tile[0] * self._tile[1] * self._tile[2]
         for index, tensors in enumerate(units.values()):
             first = 0
-            for t in tensors:
+            for t in _pieces(tensors):
                 words = words_of(t)
                 count = words.numel()
                 if self._kernel and line_of(t) is not None:
@@ -91,6 +92,30 @@ class Sums:
         kind = tl.int64 if dtype == torch.int64 else tl.uint8
         with on_device(out):
             sums_kernel[(len(table) * programs,)](table, out, TYPE=kind, WORDS=words, STEPS=steps, PROGRAMS=programs)
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory, with as few gaps as can be."""
+    gapped: dict[int, list[Tensor]] = {}
+    for t in tensors:
+        if line_of(t) is None:
+            gapped.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+    found = [t for t in tensors if line_of(t) is not None]
+    for several in gapped.values():
+        first = min(t.data_ptr() for t in several)
+        nbytes = max(t.data_ptr() + _extent(t) for t in several) - first
+        if nbytes == sum(t.nbytes for t in several):
+            whole = torch.empty(0, dtype=torch.uint8, device=several[0].device)
+            storage = several[0].untyped_storage()
+            found.append(whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,)))
+        else:
+            found += several
+    return found
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 def line_of(t: Tensor) -> Tensor | None:
