@@ -13,6 +13,10 @@ from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.rollout import Rollout
 
 
+BROUGHT_BY_NOTHING = ("cache_scale", "expert_map", "w13_input_global_scale", "w2_input_global_scale")
+"""Operands, the first of which no update writes."""
+
+
 class Up:
     """Engines after some syncs of a model."""
 
@@ -30,6 +34,11 @@ class Up:
     def bytes(self, name, engine=0, rank=0):
         """Those of an operand of an engine."""
         return self.worker(engine, rank).graph.operands[name].view(-1).view(torch.uint8)
+
+    def flip(self, name):
+        """A bit of an operand, wherever it lies in memory."""
+        t = self.worker().graph.operands[name]
+        t[tuple(n // 3 for n in t.shape)].reshape(1).view(torch.uint8)[0] ^= 1
 
     def names(self, engine=0):
         return sorted(self.worker(engine).graph.operands)
@@ -56,22 +65,32 @@ def test_weights_that_nobody_altered_are_verified(changes, tp):
 def test_a_flipped_bit_of_any_operand_is_found_and_repaired(changes):
     up = Up(changes=changes)
     for operand in up.names():
-        if "cache_scale" in operand:  # the engine's own
+        if operand.rpartition(":")[2] in BROUGHT_BY_NOTHING:
             continue
-        t = up.worker().graph.operands[operand]
-        t[tuple(n // 3 for n in t.shape)].reshape(1).view(torch.uint8)[0] ^= 1
+        up.flip(operand)
         layer = operand.partition(":")[0]
         layer = "embed" if layer == "lm_head" else layer  # which share their weight
-        for _ in range(2):
-            told = up.verify()
-            assert told.startswith(f"the engine: version {up.rollout.versions[0]} was altered after it had been")
-            assert layer in told, told
+        told = f"the engine: version {up.rollout.versions[0]} was altered after it had been updated, in"
+        assert up.verify() == f"{told} {layer}; the next sync repairs it"
         report = up.rollout.sync(up.model)  # nothing has changed
         up.rollout.verify()
         assert_fresh(up.llms[0], up.model)
         if changes:
             assert report.repaired == (f"the engine: {layer}",) and report.fraction_changed == 0
             assert up.rollout.sync(up.model).repaired == ()
+
+
+@pytest.mark.parametrize("operand", BROUGHT_BY_NOTHING[1:])
+def test_what_no_tensor_brings_is_noticed_and_not_repaired(operand):
+    up = Up()
+    up.flip(f"layers.1.experts:{operand}")
+    assert "in layers.1.experts;" in up.verify()
+    up.rollout.sync(up.model)
+    with pytest.raises(AssertionError):
+        assert_fresh(up.llms[0], up.model)
+    up.flip(f"layers.1.experts:{operand}")
+    up.rollout.sync(up.model)
+    assert_fresh(up.llms[0], up.model)
 
 
 def test_only_what_drifted_is_sent_whole():
