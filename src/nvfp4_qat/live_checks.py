@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ from .live_sums import Sums
 from .live_twin import HELPERS, Change
 
 logger = logging.getLogger(__name__)
+
+ACTIVATIONS = re.compile(r"input_(global_)?scale")
+"""In the names of tensors for quantized activations, which no checkpoint of 4-bit weights brings or kernel reads."""
 
 Tensors = dict[str, list[Tensor]]
 """By layer."""
@@ -55,7 +59,8 @@ class Checks:
 
     def processed(self, layer: str, changes: Iterable[Change]) -> None:
         """What the engine's processing writes of a layer: all that any later update of it does."""
-        self._processed[layer] = [change.live for change in changes]
+        weights = [c for c in changes if not any(map(ACTIVATIONS.search, c.path))]
+        self._processed[layer] = [change.live for change in weights]
 
     def note(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
         """An update has ended: remember what it left.
