@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,34 +43,34 @@ class Checks:
 
     Args:
         device: of its weights.
+        kept: what is held for later changes, by layer; asked for anew each time, as it may go.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, kept: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
+        self._device, self._kept = device, kept
         self._recipe: Recipe | None = None
         self._processed: Tensors = {}
-        self._live, self._kept = Sums(device), Sums(device)
-        self._noted: tuple[Tensors, Tensors, Tensor] | None = None
-        """What was summed, live and kept, and the sums."""
+        self._sums, self._sums_of_kept = Sums(device), Sums(device)
+        self._live: Tensors | None = None
+        """What was summed at the end of the last update."""
+        self._held: list[str] = []
+        """Layers of which something was held then."""
+        self._noted = torch.empty(0)
+        """The sums of both."""
 
     def start(self, recipe: Recipe) -> None:
         """Updates come by another recipe from now on."""
-        self._recipe, self._processed, self._noted = recipe, {}, None
+        self._recipe, self._processed, self._live = recipe, {}, None
 
     def processed(self, layer: str, changes: Iterable[Change]) -> None:
         """What the engine's processing writes of a layer: all that any later update of it does."""
         weights = [c for c in changes if not any(map(ACTIVATIONS.search, c.path))]
         self._processed[layer] = [change.live for change in weights]
 
-    def note(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """An update has ended: remember what it left.
-
-        Args:
-            kept: by layer, tensors that are held for later changes.
-        """
-        live = self._covered()
-        held = {name: list(tensors.values()) for name, tensors in kept.items()}
-        self._noted = live, held, self._sums(live, held)
+    def note(self) -> None:
+        """An update has ended: remember what it left."""
+        self._live, self._held = self._covered(), list(self._kept())
+        self._noted = self._summed(self._live)
 
     def drifted(self) -> list[str]:
         """Layers that are not what the last complete update left."""
@@ -78,15 +78,15 @@ class Checks:
 
     def compared(self) -> tuple[list[str], dict[str, int]]:
         """Layers that are not what the last complete update left, and the checksum of each layer now."""
-        if self._noted is None:
+        if self._live is None:
             return [], {}
-        live, held, noted = self._noted
-        before, now = torch.stack([noted, self._sums(live, held)]).tolist()
-        names = [*live, *held]
-        drifted = sorted({name for name, a, b in zip(names, before, now, strict=True) if a != b})
+        before, now = torch.stack([self._noted, self._summed(self._live)]).tolist()
+        gone = set(self._held) - self._kept().keys()
+        names = [*self._live, *(None if name in gone else name for name in self._held)]
+        drifted = sorted({name for name, a, b in zip(names, before, now, strict=True) if a != b and name is not None})
         if drifted:
             logger.warning("weights were altered after they had been updated: %s", some(drifted))
-        return drifted, dict(zip(live, now, strict=False))
+        return drifted, dict(zip(self._live, now, strict=False))
 
     def needed(self, layers: Iterable[str]) -> set[str]:
         """Names of the tensors that repair layers."""
@@ -96,17 +96,20 @@ class Checks:
 
     def layout(self) -> str:
         """Equal for models of which equal weights have equal checksums: the same kernels, tensors of the same form."""
-        if self._noted is None or self._recipe is None:
+        if self._live is None or self._recipe is None:
             return ""
         cuda = self._device.type == "cuda"
         found: list[Any] = [torch.cuda.get_device_name(self._device) if cuda else self._device.type]
-        for name, tensors in self._noted[0].items():
+        for name, tensors in self._live.items():
             forms = [[str(t.dtype), list(t.shape), list(t.stride())] for t in tensors]
             found.append([name, _helpers(self._recipe.module(name)), forms])
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
-    def _sums(self, live: Tensors, held: Tensors) -> Tensor:
-        return torch.cat([self._live.of(live), self._kept.of(held)])
+    def _summed(self, live: Tensors) -> Tensor:
+        """Of what is live, and what is held for the same layers as when that was noted."""
+        kept = self._kept()
+        held = {name: list(kept.get(name, {}).values()) for name in self._held}
+        return torch.cat([self._sums.of(live), self._sums_of_kept.of(held)])
 
     def _covered(self) -> Tensors:
         """The live tensors that updates write."""

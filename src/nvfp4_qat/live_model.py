@@ -66,7 +66,7 @@ class LiveModel:
         self._filled: dict[str, nn.Parameter] = {}
         self._parts: dict[str, _Parts] = {}
         self._kept: Kept | None = None
-        self.checks = Checks(device)
+        self.checks = Checks(device, lambda: {} if self.patcher is None else self.patcher.kept)
         """Whether the weights are still what the last complete update left."""
         self.drifted: list[str] = []
         """Layers that were not when the update of changes began that goes on."""
@@ -245,7 +245,7 @@ class LiveModel:
                 self._deriving.remove(name)  # it makes nothing that is weights, whatever these are
             self.checks.processed(name, changes)
             self._write(changes)
-        self.checks.note({} if self.patcher is None else self.patcher.kept)
+        self.checks.note()
         self._missing, self.whole = None, True
 
     def comparison(self, incoming: Sequence[Incoming]) -> Comparison:

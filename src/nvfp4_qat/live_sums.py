@@ -6,7 +6,7 @@ that no order of additions changes the sum; but words that change places do, and
 differ have the same sum with a probability of about 2^-32. That is against accidents, not against attacks.
 
 On a GPU all tensors are one launch (`live_sums_kernel`), with a table of where they lie that is made anew only when
-they are others; it reads memory about as fast as that goes. Tensors of other sizes or addresses than multiples of 8
+they are others. Tensors of other sizes or addresses than multiples of 8
 bytes are read byte by byte in a second launch, each byte as a word of eight of it. Those with gaps between their
 elements are read together if they fill each other's, as two halves of a matrix do, or else as contiguous copies.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ Units = Mapping[str, Sequence[Tensor]]
 
 
 class Sums:
-    """Sums of groups of tensors that stay where they are.
+    """Sums of groups of tensors that stay where they are; those are not held.
 
     Args:
         device: theirs.
@@ -41,13 +40,15 @@ class Sums:
 
     def __init__(self, device: torch.device, kernel: bool = False, tile: tuple[int, int, int] = (1024, 8, 16)) -> None:
         self._device, self._kernel, self._tile = device, kernel or device.type == "cuda", tile
-        self._known: list[Any] = []
+        self._known: Any = None
         self._tables: dict[torch.dtype, Tensor] = {}
         self._alone: list[tuple[int, int, Tensor]] = []
 
     def of(self, units: Units) -> Tensor:
         """The sum of each group, int64 ``[groups]`` on the device; nothing is waited for."""
-        known = [(name, [_place(t) for t in tensors]) for name, tensors in units.items()]
+        tensors = [t for group in units.values() for t in group]
+        places = [(t.data_ptr(), t.nbytes, None if t.is_contiguous() else (t.shape, t.stride())) for t in tensors]
+        known = [len(group) for group in units.values()], places
         if known != self._known:
             self._lay_out(units)
             self._known = known
@@ -59,28 +60,22 @@ class Sums:
         return out
 
     def _lay_out(self, units: Units) -> None:
-        rows: dict[torch.dtype, list[Any]] = {torch.int64: [], torch.uint8: []}
+        rows: dict[torch.dtype, list[tuple[int, int, int, int]]] = {torch.int64: [], torch.uint8: []}
         self._alone = []
         span = self._tile[0] * self._tile[1] * self._tile[2]
         for index, tensors in enumerate(units.values()):
             first = 0
             for t in _pieces(tensors):
-                words = words_of(t)
-                count = words.numel()
-                if self._kernel and line_of(t) is not None:
-                    starts = np.arange(0, count, span)
-                    row = np.empty((len(starts), 4), dtype=np.int64)
-                    row[:, 0] = t.data_ptr() + starts * words.element_size()
-                    row[:, 1] = np.minimum(count - starts, span)
-                    row[:, 2] = first + starts
-                    row[:, 3] = index
-                    rows[words.dtype].append(row)
+                address, kind = t.data_ptr(), torch.int64 if _has_words(t) else torch.uint8
+                count = t.nbytes // kind.itemsize
+                if self._kernel and _dense(t):
+                    for start in range(0, count, span):
+                        at = address + start * kind.itemsize
+                        rows[kind].append((at, min(count - start, span), first + start, index))
                 elif count:
                     self._alone.append((index, first, t))
                 first += count
-        self._tables = {
-            dtype: torch.from_numpy(np.concatenate(found)).to(self._device) for dtype, found in rows.items() if found
-        }
+        self._tables = {kind: torch.tensor(found).to(self._device) for kind, found in rows.items() if found}
 
     def _launch(self, dtype: torch.dtype, table: Tensor, out: Tensor) -> None:
         import triton.language as tl
@@ -97,10 +92,12 @@ class Sums:
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same memory, with as few gaps as can be."""
     gapped: dict[int, list[Tensor]] = {}
+    found = []
     for t in tensors:
-        if line_of(t) is None:
+        if _dense(t):
+            found.append(t)
+        else:
             gapped.setdefault(t.untyped_storage().data_ptr(), []).append(t)
-    found = [t for t in tensors if line_of(t) is not None]
     for several in gapped.values():
         first = min(t.data_ptr() for t in several)
         nbytes = max(t.data_ptr() + _extent(t) for t in several) - first
@@ -118,6 +115,15 @@ def _extent(t: Tensor) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
+def _dense(t: Tensor) -> bool:
+    return t.is_contiguous() or line_of(t) is not None
+
+
+def _has_words(t: Tensor) -> bool:
+    """Whether a tensor can be read as such: a contiguous copy of one with gaps has another address."""
+    return t.nbytes % WORD == 0 and (t.data_ptr() % WORD == 0 or not _dense(t))
+
+
 def line_of(t: Tensor) -> Tensor | None:
     """All elements of a tensor in the order of memory, one dimension; None if there are gaps between them."""
     strides = t.stride()
@@ -131,7 +137,7 @@ def words_of(t: Tensor) -> Tensor:
     if line is None:
         line = t.detach().contiguous().view(-1)
     data = line.view(torch.uint8)
-    return data.view(torch.int64) if data.numel() % WORD == 0 and data.data_ptr() % WORD == 0 else data
+    return data.view(torch.int64) if _has_words(t) else data
 
 
 def summed(words: Tensor, first: int) -> Tensor:
@@ -159,7 +165,3 @@ def mixed(words: Tensor, position: Tensor) -> Tensor:
     second = second ^ ((second >> 16) & 0xFFFF)
     low, high = words.to(torch.int32) + first, (words >> 32).to(torch.int32) + second
     return low.to(torch.int64) * high.to(torch.int64)
-
-
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
