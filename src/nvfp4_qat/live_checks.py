@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .live_recipe import Recipe, some
 from .live_sums import Sums
 from .live_twin import HELPERS, Change
@@ -73,13 +74,17 @@ class Checks:
         self._noted = self._summed(self._live)
 
     def drifted(self) -> list[str]:
-        """Layers that are not what the last complete update left."""
-        return self.compared()[0]
+        """Layers that are not what the last complete update left; none if no update has ended."""
+        return [] if self._live is None else self.compared()[0]
 
     def compared(self) -> tuple[list[str], dict[str, int]]:
-        """Layers that are not what the last complete update left, and the checksum of each layer now."""
+        """Layers that are not what the last complete update left, and the checksum of each layer now.
+
+        Raises:
+            UserError: no update of these tensors has ended.
+        """
         if self._live is None:
-            return [], {}
+            raise UserError("there are no checksums to compare with: sync first")
         before, now = torch.stack([self._noted, self._summed(self._live)]).tolist()
         gone = set(self._held) - self._kept().keys()
         names = [*self._live, *(None if name in gone else name for name in self._held)]

@@ -6,9 +6,9 @@ that no order of additions changes the sum; but words that change places do, and
 differ have the same sum with a probability of about 2^-32. That is against accidents, not against attacks.
 
 On a GPU all tensors are one launch (`live_sums_kernel`), with a table of where they lie that is made anew only when
-they are others. Tensors of other sizes or addresses than multiples of 8
-bytes are read byte by byte in a second launch, each byte as a word of eight of it. Those with gaps between their
-elements are read together if they fill each other's, as two halves of a matrix do, or else as contiguous copies.
+they are others. Tensors of other sizes or addresses than multiples of 8 bytes are read byte by byte in a second launch,
+each byte as a word of eight of it. Those with gaps between their elements are read together if they fill each other's,
+as two halves of a matrix do, or else as contiguous copies.
 """
 
 from __future__ import annotations
