@@ -153,7 +153,9 @@ def test_what_others_may_change_counts_by_where_it_is():
     assert graphs.count == 1
 
 
-@pytest.mark.parametrize("fake", [Fake(fails=["trial"]), Fake(fails=["graph"]), Fake(wrong=True)], ids=str)
+@pytest.mark.parametrize(
+    "fake", [Fake(fails=["trial"]), Fake(fails=["graph"]), Fake(wrong=True)], ids=["trial", "graph", "bits"]
+)
 def test_a_kind_that_cannot_be_captured_goes_on_without(fake):
     graphs, t = Graphs(CPU, fake), tape()
     for seed in range(4):

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from vllm_experts import wrong_experts
 import nvfp4_qat as nq
 from nvfp4_qat.rollout import Rollout
 
+ALTERED = ("weight", "weight_packed", "weight_scale", "bias", "w13_weight", "w13_weight_scale", "w2_weight")
 CONFIG = nq.QATConfig(enable=True)
 SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -124,6 +126,36 @@ def weights_in_kernels(model: Any, live: Any, plan: nq.QuantPlan) -> list[str]:
     return wrong
 
 
+def drift(rollout: Rollout, model: Any, live: Any, ours: Any) -> list[str]:
+    """A byte of each kernel tensor is altered: what was not found by its layer's name, or not repaired by that alone.
+
+    Args:
+        rollout: connected with ``changes=True``.
+    """
+    wrong = []
+    for i in range(3):
+        perturb(model, 100 + i)
+        full = rollout.sync(model).bytes
+    for key, t in weights(live, ours).items():
+        layer, _, path = key.partition(" ")
+        if path not in ALTERED or not t.is_contiguous():
+            continue
+        data = t.data.view(-1).view(torch.uint8)
+        data[len(data) // 3] ^= 1
+        try:
+            rollout.verify()
+            wrong.append(f"{key} was not found")
+        except nq.MismatchError as error:
+            if layer not in str(error):
+                wrong.append(f"{key}: {error}")
+        report = rollout.sync(model)
+        if [found.partition(": ")[2] for found in report.repaired] != [layer] or report.bytes >= full:
+            wrong.append(f"{key}: repaired {report.repaired} by {report.bytes} of {full} bytes")
+        rollout.verify()
+    rollout.verify(model)
+    return wrong
+
+
 def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
     """Many updates in a row, tokens in between: at the end every tensor of the engine is a freshly loaded one's."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -147,6 +179,8 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
             perturb(model, i)
             seconds.append(rollout.sync(model).seconds)
             out = llm.generate(prompts, greedy, use_tqdm=False)
+        rollout.verify()
+        rollout.verify(model)
         nq.save_checkpoint(model, last)
         other = fresh(worker, last)
         now, want = weights(live, code.ours), weights(other, code.ours)
@@ -160,8 +194,13 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
             "seconds": [round(s, 3) for s in seconds],
             "quick": [state.live.quick.taken, state.live.quick.proved, state.live.quick.refused],
         }
+        started = time.perf_counter()
+        rollout.verify()
+        found["verify_seconds"] = round(time.perf_counter() - started, 4)
         if kind == "moe":
             found["wrong_experts"] = wrong_experts(model, rollout, live, worker.vllm_config)
+        if kind in ("dense", "moe"):
+            found["drift"] = drift(Rollout.connect(llm, plan, changes=True), model, live, code.ours)
         return found
 
 

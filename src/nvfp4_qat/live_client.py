@@ -45,6 +45,10 @@ class Client:
         self.restarted = False
         """Whether it was started anew since its last complete update from here."""
         self._asleep: set[str] = set()
+        self.drifted: list[str] = []
+        """Layers that somebody had altered when the last update of changes began."""
+        self.doubtful = False
+        """Whether its weights were found to be others than they must be, so that the next update must bring all."""
         self.greet()
 
     @property
@@ -138,11 +142,13 @@ class Client:
         self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: int | None = None
     ) -> None:
         """Announce an update; the engine goes on answering with what it has."""
-        self.call("nvfp4_begin", update, version, wire, remember, base)
+        answers = self.call("nvfp4_begin", update, version, wire, remember, base)
+        self.drifted = sorted({layer for answer in answers for layer in answer["drifted"]})
 
     def has(self, version: int | None) -> bool:
         """Whether the engine has just this version, and remembers what changes since it need."""
-        return version is not None and self.version == version and all(w.get("remembers") for w in self.workers)
+        same = version is not None and self.version == version and not self.doubtful
+        return same and all(w.get("remembers") for w in self.workers)
 
     def change(self, update: str) -> list[str]:
         """Have the changes made that were sent; names of tensors that must be sent whole."""
@@ -162,7 +168,22 @@ class Client:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
         self.engine.reset_cache()
         self.engine.resume()
-        self.restarted = False
+        self.restarted = self.doubtful = False
+
+    def verify(self) -> list[dict[str, Any]]:
+        """What each worker says of its weights; `vllm.LiveWeights.nvfp4_verify`.
+
+        Raises:
+            UserError: the weights are asleep, incomplete, or those that the engine was started with.
+        """
+        if "weights" in self._asleep:
+            raise UserError(f"{self.engine.name} sleeps, and its weights with it: call wake_up first")
+        self.refresh()
+        if not all(worker["whole"] for worker in self.workers):
+            raise UserError(f"{self.engine.name} has incomplete weights: sync before you verify")
+        if self.version is None:
+            raise UserError(f"{self.engine.name} has the weights that it was started with: sync before you verify")
+        return self.call("nvfp4_verify")
 
     def abandon(self, update: str) -> None:
         """Let the workers free what belongs to an update, if they can be reached."""

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError, UserError
+from .live_checks import Checks
+from .live_compare import Comparison
 from .live_copies import Loads
 from .live_graphs import Graphs
-from .live_materials import materialized
 from .live_patch import Patcher
 from .live_process import Processing, changes_of, write
 from .live_quick import Quick
-from .live_recipe import EngineCode, Group, Incoming, Recipe, same_form, some
+from .live_recipe import EngineCode, Group, Incoming, Recipe, some
 from .live_sleep import Kept
 from .live_trial import leaves_as_loaded
-from .live_twin import Twin
+from .live_twin import derived
 
 
 @dataclass
@@ -66,6 +67,10 @@ class LiveModel:
         self._filled: dict[str, nn.Parameter] = {}
         self._parts: dict[str, _Parts] = {}
         self._kept: Kept | None = None
+        self.checks = Checks(device, lambda: {} if self.patcher is None else self.patcher.kept)
+        """Whether the weights are still what the last complete update left."""
+        self.drifted: list[str] = []
+        """Layers that were not when the update of changes began that goes on."""
 
     @property
     def quick(self) -> Quick:
@@ -94,7 +99,10 @@ class LiveModel:
             for group in recipe.groups:
                 group.plain = group.plain or leaves_as_loaded(recipe, group, self.device)
             self._recipe = recipe
-            self._processing = Processing(self.code, Quick(self.code, Graphs(self.device)), recipe)
+            self._processing = Processing(
+                self.code, Quick(self.code, Graphs(self.device)), recipe, self.checks.processed
+            )
+            self.checks.start(recipe)
             self._deriving = [name for name, layer in self.model.named_modules() if self.code.derives(layer)]
             self.patcher = None
         self._recipe.look()
@@ -108,6 +116,8 @@ class LiveModel:
     def begin_changes(self, incoming: Sequence[Incoming]) -> None:
         """Start an update of which only changes come, by `change`; what it asks for whole comes by `load`.
 
+        Layers that are not what the last update left are found here and are in `drifted`; they will be asked for.
+
         Args:
             incoming: as in the last complete update, which must have been told to remember.
 
@@ -120,6 +130,7 @@ class LiveModel:
             raise UserError("changes need the tensors of the last complete update")
         self._recipe.look()
         self.abandon()
+        self.drifted = self.checks.drifted()
         self._missing, self._left = set(), {}
 
     def change(self, changes: Iterable[tuple[str, Tensor, Tensor]]) -> set[str]:
@@ -136,7 +147,7 @@ class LiveModel:
             raise UserError("changes need an engine that has remembered a complete update")
         self.whole = False
         with self._or_abandoned():
-            needed = self.patcher.change(changes)
+            needed = self.patcher.change(changes) | self.checks.needed(self.drifted)
         return self._expect(recipe, missing, needed)
 
     def expect_whole(self, names: Iterable[str]) -> None:
@@ -242,11 +253,26 @@ class LiveModel:
         self._settle()
         for name in list(self._deriving):
             with self._or_abandoned():
-                changes = changes_of(name, self._derived(self.model.get_submodule(name)))
+                changes = changes_of(name, derived(self.model.get_submodule(name), self.code, self.device))
             if not changes:
                 self._deriving.remove(name)  # it makes nothing that is weights, whatever these are
+            self.checks.processed(name, changes)
             write(changes)
+        self.checks.note()
         self._missing, self.whole = None, True
+
+    def comparison(self, incoming: Sequence[Incoming]) -> Comparison:
+        """What compares a complete set of tensors with the live weights, which stay as they are.
+
+        Raises:
+            UserError: the weights are incomplete, or were of other tensors.
+        """
+        if not self.whole or self.updating or self._recipe is None:
+            raise UserError("the weights cannot be compared: they are incomplete, or not of an update")
+        if self._recipe.incoming != {entry.name: entry for entry in incoming}:
+            raise UserError("the weights cannot be compared: the last complete update was of other tensors")
+        self._recipe.look()
+        return Comparison(self._recipe, self.device, {n: self.model.get_submodule(n) for n in self._deriving})
 
     def abandon(self) -> None:
         """Give up an update; what it has written stays."""
@@ -339,13 +365,7 @@ class LiveModel:
         live = layer._parameters.get(name)
         if group.plain and live is not None:
             return live
-        parameter = materialized(recipe.forms[key], self.device)
-        if key not in recipe.written:  # no checkpoint brings it: it stays what it was
-            with torch.no_grad():
-                parameter.fill_(1)
-                if live is not None and same_form(live, parameter):
-                    parameter.copy_(live)
-        return parameter
+        return recipe.unloaded(key, self.device)
 
     def _finish(self, recipe: Recipe, group: Group) -> None:
         """Process what a group has got, and copy the result to where it is read."""
@@ -357,15 +377,3 @@ class LiveModel:
         if alone and self.patcher is not None:
             (name,) = group.layers
             self.patcher.keep(name, {n: filled[key] for n, key in recipe.own(name).items()})
-
-    def _derived(self, layer: nn.Module) -> Twin:
-        """A layer that keeps tensors made from other layers' weights, with these made anew."""
-        names = self.code.constructed(layer)
-        live = {n: p for n, p in layer._parameters.items() if p is not None and n in names}
-        own = {n: materialized(p, self.device) for n, p in live.items()}
-        twin = Twin(layer, own, self.code)
-        with torch.no_grad():
-            for n, p in own.items():
-                p.copy_(live[n])
-            self.code.derive(twin.layer)
-        return twin

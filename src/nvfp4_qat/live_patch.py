@@ -57,6 +57,11 @@ class Patcher:
         maps = {id(m): m.nbytes for m in self._maps.values() if m is not None}
         return sum(maps.values()) + sum(t.nbytes for kept in self._kept.values() for t in kept.values())
 
+    @property
+    def kept(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By layer, the parameters that are held for later changes."""
+        return self._kept
+
     def keep(self, layer: str, parameters: Mapping[str, Tensor]) -> None:
         """Remember what a layer was loaded with, if it can be processed in parts; packed codes are not kept."""
         if self._quick.parts(layer):

@@ -8,7 +8,7 @@ in the same update. Until everybody was asked for, an update cannot end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +45,17 @@ class Processing:
         code: the engine's.
         quick: quick ways for the layers of the recipe.
         recipe: says which parameters a layer has; None: there is none yet, and nothing to process.
+        told: of each layer that the engine's code has processed, and what that changes.
     """
 
-    def __init__(self, code: EngineCode, quick: Quick, recipe: Recipe | None = None) -> None:
-        self._code, self.quick, self._recipe = code, quick, recipe
+    def __init__(
+        self,
+        code: EngineCode,
+        quick: Quick,
+        recipe: Recipe | None = None,
+        told: Callable[[str, list[Change]], None] = lambda name, changes: None,
+    ) -> None:
+        self._code, self.quick, self._recipe, self._told = code, quick, recipe, told
         self._unsure: list[_Unsure] = []
         self._bytes = 0
         """Of their parameters."""
@@ -116,7 +123,9 @@ class Processing:
             other.process()
             return other.changes()
 
-        return self.quick.watched(name, layer, twin, own, process, attempt, alone)
+        changes = self.quick.watched(name, layer, twin, own, process, attempt, alone)
+        self._told(name, changes)
+        return changes
 
 
 def changes_of(name: str, twin: Twin) -> list[Change]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import MismatchError
 from .live_copies import Loads, Recorder, UnrepeatableError
+from .live_materials import materialized
 from .live_regions import coverage, merged
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -223,6 +224,18 @@ class Recipe:
     def own(self, layer: str) -> dict[str, str]:
         """The names of a layer's parameters, and under which key each is found."""
         return {key.rpartition(".")[2]: self.shared.get(key, key) for key in self.keys[layer]}
+
+    def unloaded(self, key: str, device: torch.device) -> nn.Parameter:
+        """A parameter to be loaded to; what no checkpoint brings is what it was in the live layer, or ones."""
+        parameter = materialized(self.forms[key], device)
+        if key not in self.written:
+            layer, name = self.layer(key)
+            live = layer._parameters.get(name)
+            with torch.no_grad():
+                parameter.fill_(1)
+                if live is not None and same_form(live, parameter):
+                    parameter.copy_(live)
+        return parameter
 
     def _find_forms(self) -> None:
         first: dict[int, str] = {}

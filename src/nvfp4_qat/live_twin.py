@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError
+from .live_materials import materialized
 from .live_recipe import EngineCode
 
 SCRATCH = re.compile(r"workspace|semaphore|(^|_)locks?(_|$)", re.IGNORECASE)
@@ -177,6 +178,19 @@ class Twin:
             nan = live[path] != live[path] and new[path] != new[path]
             if live[path] != new[path] and not nan:
                 yield f"{'.'.join(path)} was {live[path]} and is {new[path]}"
+
+
+def derived(layer: nn.Module, code: EngineCode, device: torch.device, apart: bool = False) -> Twin:
+    """A layer that keeps tensors made from other layers' weights, with these made anew."""
+    names = code.constructed(layer)
+    live = {n: p for n, p in layer._parameters.items() if p is not None and n in names}
+    own = {n: materialized(p, device) for n, p in live.items()}
+    twin = Twin(layer, own, code, apart)
+    with torch.no_grad():
+        for n, p in own.items():
+            p.copy_(live[n])
+        code.derive(twin.layer)
+    return twin
 
 
 def _own(value: Any, copies: dict[int, Any], ours: Callable[[type], bool], depth: int = 0) -> Any:

@@ -32,6 +32,7 @@ from .live_memory import device_name, machine, process
 from .live_options import RolloutOptions
 from .live_recipe import Incoming
 from .live_update import Update, each, raise_all
+from .live_verify import altered, different
 from .plan import QuantPlan
 from .quantizer import packed_weights
 
@@ -48,6 +49,8 @@ class SyncReport:
             what the trainer allocated meanwhile is in it.
         restarted: engines that had been started anew since the last sync.
         fraction_changed: of the bytes since the last sync; None if they were not compared.
+        repaired: layers that somebody had altered since the last sync, each behind its engine's name; found where only
+            changes are sent.
     """
 
     version: int
@@ -57,6 +60,7 @@ class SyncReport:
     extra_bytes: int = 0
     restarted: tuple[str, ...] = ()
     fraction_changed: float | None = None
+    repaired: tuple[str, ...] = ()
 
 
 class Rollout:
@@ -125,6 +129,29 @@ class Rollout:
         """
         raise_all([e for e in each(self._clients, Client.greet) if isinstance(e, Exception)])
 
+    def verify(self, model: nn.Module | None = None, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        """See whether the engines still have what the last sync left; they go on answering.
+
+        Every layer's checksum is compared with that of the end of the sync, and with that of engines that have the same
+        version and kernels. The next sync repairs what is found here.
+
+        Args:
+            model: unchanged since the last sync: what the engines' own code makes of its weights is compared too, bit
+                by bit. That sends everything and takes as long as a first sync. Of a sharded model every rank calls
+                this.
+            weights: as in `sync`, where the last one had them.
+
+        Raises:
+            MismatchError: names the layers of each engine that are not what they must be.
+            UserError: an engine cannot be reached, sleeps, has incomplete weights, or none of a sync.
+        """
+        problems, clients = altered(self._clients)
+        if model is not None:
+            wire, sender = to_wire(manifest(model, self.plan)), functools.partial(self._sender, _device(model))
+            stream = packed_weights(model, layout="fused") if weights is None else weights
+            problems += different(clients, wire, sender, stream)
+        raise_all(problems)
+
     def sync(self, model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None = None) -> SyncReport:
         """Send a model's weights to all engines.
 
@@ -161,7 +188,8 @@ class Rollout:
         extra = max((w.get("extra_bytes", 0) for client in self._clients for w in client.workers), default=0)
         fraction = update.changed / max(update.whole_bytes, 1) if compared else None
         seconds = time.perf_counter() - start
-        return SyncReport(version, update.tensors, update.bytes, seconds, extra, restarted, fraction)
+        repaired = tuple(f"{client.engine.name}: {layer}" for client in self._clients for layer in client.drifted)
+        return SyncReport(version, update.tensors, update.bytes, seconds, extra, restarted, fraction, repaired)
 
     async def sync_async(self, model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None = None) -> SyncReport:
         """`sync` within an event loop, which goes on meanwhile.

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +27,19 @@ from torch import Tensor, nn
 from .errors import UserError
 from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
-from .live_changes import PIECE_NAME, Layout, from_pieces
+from .live_changes import Layout
 from .live_engines import release
 from .live_manifest import from_wire
-from .live_memory import Shared, device_name, machine, open_shared, process
-from .live_model import LiveModel
-from .live_recipe import EngineCode
+from .live_memory import Shared, device_name, machine, process
+from .live_worker import State, WorkerCode
 
 SUPPORTED = ((0, 15), (0, 33))
 """The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
-
-
-class WorkerCode(EngineCode, Protocol):
-    """What a worker knows about its engine's layers."""
-
-    def quantized(self, model: nn.Module) -> list[str]:
-        """The layers that hold 4-bit weights, by the engine's names."""
 
 
 def _answers(call: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -77,7 +67,7 @@ class LiveWeights:
 
     def _nvfp4_leave(self) -> None:
         """Give up the update that goes on, if there is one, and leave the trainer's group."""
-        state: _State | None = self.__dict__.get("_nvfp4_state")
+        state: State | None = self.__dict__.get("_nvfp4_state")
         if state is not None:
             state.give_up()
             state.leave()
@@ -107,7 +97,7 @@ class LiveWeights:
 
     @_answers
     def nvfp4_status(self) -> dict[str, Any]:
-        """Which weights this worker has; see `_State.status`."""
+        """Which weights this worker has; see `State.status`."""
         return _state(self).status()
 
     @_answers
@@ -127,6 +117,9 @@ class LiveWeights:
             incoming: the manifest (`live_manifest.to_wire`).
             remember: whether later updates may bring only what changed.
             base: only changes since this version will come, which the worker must have; None: everything.
+
+        Returns:
+            Under "drifted" the layers that somebody altered since, which will be asked for whole.
         """
         state = _state(self)
         if state.version is not None and version <= state.version:
@@ -137,15 +130,16 @@ class LiveWeights:
         state.forget()
         state.watch()
         entries = from_wire(incoming)
+        drifted: list[str] = []
         if base is None:
             state.live.begin(entries, remember)
         elif base != state.version:
             raise UserError(f"changes since version {base} do not fit this worker, which has {state.version}")
         else:
             state.live.begin_changes(entries)
-            state.changing = Layout(entries)
+            state.changing, drifted = Layout(entries), state.live.drifted
         state.update, state.coming = update, version
-        return state.status()
+        return {"drifted": drifted, **state.status()}
 
     @_answers
     def nvfp4_load(self, update: str, named: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
@@ -243,6 +237,43 @@ class LiveWeights:
         return state.status()
 
     @_answers
+    def nvfp4_verify(self) -> dict[str, Any]:
+        """Which layers are not what the last complete update left, and the checksum of each; see `live_checks`."""
+        state = _state(self)
+        drifted, checksums = state.live.checks.compared() if state.live.whole else ([], {})
+        layout = state.live.checks.layout()
+        return {"drifted": drifted, "checksums": checksums, "layout": layout, **state.status()}
+
+    @_answers
+    def nvfp4_compare(self, update: str, version: int, incoming: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Start a comparison of the weights with others, which then come by loads; nothing live is touched.
+
+        Args:
+            update: a name for it.
+            version: that the worker must have.
+            incoming: as for an update.
+        """
+        state = _state(self)
+        if state.update is not None:
+            raise UserError("an update goes on: weights are compared when it has ended")
+        if state.version != version:
+            raise UserError(f"version {version} is to be compared, and this worker has {state.version}")
+        state.comparison = state.live.comparison(from_wire(incoming))
+        state.update = update
+        return state.status()
+
+    @_answers
+    def nvfp4_compared(self, update: str) -> dict[str, Any]:
+        """End a comparison for which everything has come; under "different" the layers that are."""
+        state = _state(self)
+        state.expect(update)
+        if state.comparison is None:
+            raise UserError("this is an update, not a comparison")
+        different = state.comparison.different()
+        state.forget()
+        return {"different": different, **state.status()}
+
+    @_answers
     def nvfp4_lost(self) -> dict[str, Any]:
         """The weights are about to go, as when sleeping at level 2: only a complete update brings them back."""
         state = _state(self)
@@ -263,130 +294,11 @@ def _supported(found: str | None) -> None:
         )
 
 
-class _State:
-    """What a worker remembers between calls."""
-
-    def __init__(self, worker: Any) -> None:
-        device = torch.empty(0, device=worker.device).device  # with its index
-        model = worker._nvfp4_model()
-        self.code: WorkerCode = worker._nvfp4_code(model, device)
-        self.live = LiveModel(model, self.code, device)
-        self.instance = uuid.uuid4().hex
-        """Another one when the engine was started anew."""
-        self.version: int | None = None
-        """Of the last complete update; None: there was none since the engine started."""
-        self.extra_bytes = 0
-        """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
-        self._before = 0
-        self.update: str | None = None
-        self.coming: int | None = None
-        self.changing: Layout | None = None
-        """Of the tensors whose changes come."""
-        self._pieces: dict[str, Tensor] = {}
-        self.group: Group | None = None
-        self.group_name: str | None = None
-        self._opened: dict[str, Tensor] = {}
-        self._received: Tensor | None = None
-
-    def status(self) -> dict[str, Any]:
-        """The version of the last complete update, whether all weights are of it, what is held, and the group."""
-        return {
-            "instance": self.instance,
-            "version": self.version,
-            "whole": self.live.whole,
-            "updating": self.update is not None,
-            "group": self.group_name,
-            "extra_bytes": self.extra_bytes,
-            "graph_bytes": self.live.quick.graphs.nbytes,
-            "remembers": (patcher := self.live.patcher) is not None,
-            "remembered_bytes": 0 if patcher is None else patcher.nbytes,
-        }
-
-    def watch(self) -> None:
-        """Count from here what memory is needed."""
-        if self.live.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.live.device)
-            self._before = torch.cuda.memory_allocated(self.live.device)
-
-    def watched(self) -> int:
-        cuda = self.live.device.type == "cuda"
-        return torch.cuda.max_memory_allocated(self.live.device) - self._before if cuda else 0
-
-    def finished(self) -> None:
-        """Wait for the device."""
-        if self.live.device.type == "cuda":
-            torch.cuda.synchronize(self.live.device)
-
-    def expect(self, update: str) -> None:
-        """Refuse what belongs to another update."""
-        if self.update is None:
-            raise UserError("no update goes on: it was not begun, was given up after an error, or the engine is new")
-        if self.update != update:
-            raise UserError("this update was given up when another one began; two trainers may send to one engine")
-
-    def load(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-        """Take tensors; when this returns, their memory may be used again by anybody."""
-        self.live.load(self._without_changes(named))
-        self.finished()
-        return self.status()
-
-    def _without_changes(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in named:
-            if name.startswith(PIECE_NAME):
-                self._pieces[name] = tensor.clone()
-            else:
-                yield name, tensor
-
-    def change(self) -> set[str]:
-        """Make the changes that have come."""
-        if self.changing is None:
-            raise UserError("no changes were announced")
-        layout, pieces, self._pieces = self.changing, from_pieces(self._pieces, self.live.device), {}
-        return self.live.change(layout.taken_apart(pieces))
-
-    def opened(self, buffers: Sequence[tuple[str, Shared]]) -> Tensor:
-        """The buffer on this worker's device, mapped once."""
-        mine = device_name(self.live.device)
-        for device, shared in buffers:
-            if device == mine:
-                key = json.dumps(shared, sort_keys=True)
-                if key not in self._opened:
-                    self._opened[key] = open_shared(shared, self.live.device)
-                return self._opened[key]
-        raise UserError(f"no buffer is on this worker's device {mine}, only on {', '.join(b[0] for b in buffers)}")
-
-    def received(self, group: Group, nbytes: int) -> Tensor:
-        """The next buffer that the trainer broadcasts."""
-        if self._received is None or self._received.numel() < nbytes:
-            self._received = None  # before there is another
-            self._received = torch.empty(nbytes, dtype=torch.uint8, device=self.live.device)
-        buffer = self._received[:nbytes]
-        group.broadcast(buffer)
-        return buffer
-
-    def forget(self) -> None:
-        """Let go what belongs to one update."""
-        self.update = self.coming = self._received = self.changing = None
-        self._opened.clear()
-        self._pieces.clear()
-
-    def give_up(self) -> None:
-        """End an update that goes on; what it has written stays."""
-        if self.update is not None:
-            self.forget()
-            self.live.abandon()
-
-    def leave(self) -> None:
-        if self.group is not None:
-            self.group.close()
-        self.group = self.group_name = None
-
-
-def _state(worker: Any) -> _State:
+def _state(worker: Any) -> State:
     state = worker.__dict__.get("_nvfp4_state")
     if state is None:
-        state = worker.__dict__["_nvfp4_state"] = _State(worker)
-    found: _State = state
+        state = worker.__dict__["_nvfp4_state"] = State(worker)
+    found: State = state
     return found
 
 
