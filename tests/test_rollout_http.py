@@ -78,6 +78,10 @@ def test_servers_and_engines_of_this_process_are_updated_together(server):
     engines.sync(model)
     assert engines.versions == [1, 1]
     assert answered(server) == whole(llm.generate(["a"])[0], OF_SEED) == [1] * 4
+    engines.verify(model)
+    server.llm.core.workers[0].graph.operands["norm:weight"][0] += 1
+    with pytest.raises(nq.MismatchError, match="version 1 was altered after it had been updated, in norm;"):
+        engines.verify()
 
 
 def test_sleeping_and_waking(server):

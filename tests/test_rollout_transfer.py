@@ -84,6 +84,7 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     assert set(asked[:-3]) == {"/init_weight_transfer_engine", "/sleep"} and asked.index("/sleep") == 2
     assert asked[-3:] == ["/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
     assert answered(server.llm, {seed: of_seed(seed, 2) for seed in range(2)}) == 1
+    engines.verify(model)
     server.close()
 
 
