@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_qat import kernels, launch, multi, multi_kernels, multi_unpack
+from nvfp4_qat import kernels, launch, live_sums, live_sums_kernel, multi, multi_kernels, multi_unpack
 
 TARGETS = (80, 90)
 POINTERS = {"bf16": "*i32", "fp16": "*i32", "fp32": "*i64"}
@@ -83,10 +85,20 @@ def many(target: int) -> dict[str, str]:
     return result
 
 
+def sums(target: int) -> dict[str, str]:
+    """The checksums of live weights, of words and of bytes."""
+    words, steps, programs = live_sums.Sums(torch.device("cpu"), kernel=True).tile
+    tile = {"WORDS": words, "STEPS": steps, "PROGRAMS": programs}
+    types = {"table_ptr": "*i64", "out_ptr": "*i64"}
+    return {
+        f"sums {t}": ptx(live_sums_kernel.sums_kernel, types, tile | {"TYPE": t}, target) for t in (tl.int64, tl.uint8)
+    }
+
+
 def main() -> None:
     result = {}
     for target in TARGETS:
-        result |= {f"{name} sm_{target}": text for name, text in (single(target) | many(target)).items()}
+        result |= {f"{name} sm_{target}": text for name, text in (single(target) | many(target) | sums(target)).items()}
     print(json.dumps(result))
 
 

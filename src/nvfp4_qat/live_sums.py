@@ -39,7 +39,7 @@ class Sums:
     """
 
     def __init__(self, device: torch.device, kernel: bool = False, tile: tuple[int, int, int] = (1024, 8, 16)) -> None:
-        self._device, self._kernel, self._tile = device, kernel or device.type == "cuda", tile
+        self._device, self._kernel, self.tile = device, kernel or device.type == "cuda", tile
         self._known: Any = None
         self._tables: dict[torch.dtype, Tensor] = {}
         self._alone: list[tuple[int, int, Tensor]] = []
@@ -62,7 +62,7 @@ class Sums:
     def _lay_out(self, units: Units) -> None:
         rows: dict[torch.dtype, list[tuple[int, int, int, int]]] = {torch.int64: [], torch.uint8: []}
         self._alone = []
-        span = self._tile[0] * self._tile[1] * self._tile[2]
+        span = self.tile[0] * self.tile[1] * self.tile[2]
         for index, tensors in enumerate(units.values()):
             first = 0
             for t in _pieces(tensors):
@@ -83,7 +83,7 @@ class Sums:
         from .launch import on_device
         from .live_sums_kernel import sums_kernel
 
-        words, steps, programs = self._tile
+        words, steps, programs = self.tile
         kind = tl.int64 if dtype == torch.int64 else tl.uint8
         with on_device(out):
             sums_kernel[(len(table) * programs,)](table, out, TYPE=kind, WORDS=words, STEPS=steps, PROGRAMS=programs)
