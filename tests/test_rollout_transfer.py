@@ -77,7 +77,7 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     model, plan = trainer(1)
     server = Server(LLM(packed(0), tp=2, worker=worker))
     engines = Rollout.connect(server.url, plan, bucket_bytes=5000)
-    assert [path for path, _, _ in server.log] == ["/server_info", "/init_weight_transfer_engine"]
+    assert [path for path, _, _ in server.log] == ["/server_info", *["/init_weight_transfer_engine"] * 2]
     server.log.clear()
     engines.sync(model)
     asked = [path for path, _, _ in server.log]
@@ -85,6 +85,8 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     assert asked[-3:] == ["/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
     assert answered(server.llm, {seed: of_seed(seed, 2) for seed in range(2)}) == 1
     engines.verify(model)
+    with pytest.raises(UserError, match="a weight-transfer engine does not see requests; start vLLM with the"):
+        engines.token_versions("r", 4)
     server.close()
 
 
