@@ -4,6 +4,7 @@
 several steps. Each tells, for all workers, a digest of everything that a captured graph reads, and of what was there
 when the request's context was computed, which may come out of the prefix cache: an answer from a mixture of weights, or
 from a cache that should have been reset, shows. Requests that come while the scheduler is paused wait.
+A worker's model runner (`standin_runner`) knows how many tokens, one a step, each request has.
 
 `LLM` takes the calls that `vllm.LLM` takes. With ``separate`` what goes to workers must be JSON, like what vLLM sends
 to another process without pickled code. `AsyncLLM` takes those of `vllm.AsyncLLM`, whose answers come through one event
@@ -18,6 +19,7 @@ import hashlib
 import json
 import queue
 import threading
+import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from types import SimpleNamespace
 import torch
 from standin_engine import Graph, Model, StandinCode, start
 from standin_layers import ALONE, EXPERTS, Experts, Place
+from standin_runner import First
 
 from nvfp4_qat.vllm import LiveWeights
 
@@ -72,13 +75,15 @@ class Bare:
     backend = None
     """Of its weight transfer."""
 
+    runner = First
+
     def __init__(self, weights, place=ALONE, device="cpu"):
         self.rank, model = place.tp_rank, Model(place)
         self.device = torch.device(device)
         self.code = start(model, weights)
         self.code.__class__ = Code
         self.graph = Graph(model)
-        self.model_runner = SimpleNamespace(get_model=lambda: model)
+        self.model_runner = self.runner(model)
 
     def digest(self):
         return digest(self.graph.operands)
@@ -97,8 +102,9 @@ class Worker(Bare, LiveWeights):
 
 
 class Request:
-    def __init__(self, prompt):
+    def __init__(self, prompt, name, length):
         self.prompt, self.answer, self.context, self.steps = prompt, Future(), None, []
+        self.name, self.length = f"{name}-{uuid.uuid4().hex[:8]}", length  # as InputProcessor.assign_request_id
 
 
 class Core:
@@ -108,6 +114,10 @@ class Core:
         self.workers, self.paused, self.asleep, self.cache = workers, False, set(), {}
         self.unread = [deque() for _ in workers]
         self.waiting, self.running = [], []
+        self.ended, self.preempted = set(), set()
+        """What the workers are told in the next step."""
+        self.room = self.budget = None
+        """How many requests are taken up in a step; how many steps there may be."""
         self.refused_resets = self.encoder_resets = 0
         self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -123,12 +133,12 @@ class Core:
         self._calls.put(None)
         self._thread.join()
 
-    def add(self, prompt):
+    def add(self, prompt, name="r", length=STEPS):
         """A request's future answer: its steps, or "aborted"."""
-        return self.do(self.add_now, prompt)
+        return self.do(self.add_now, prompt, name, length)
 
-    def add_now(self, prompt):
-        request = Request(prompt)
+    def add_now(self, prompt, name="r", length=STEPS):
+        request = Request(prompt, name, length)
         self.waiting.append(request)
         return request.answer
 
@@ -177,12 +187,22 @@ class Core:
     def abort(self):
         for request in self.running + self.waiting:
             request.answer.set_result("aborted")
+            self.ended.add(request.name)
         self.running, self.waiting = [], []
+
+    def preempt(self, name):
+        """As for lack of KV memory."""
+        (request,) = [r for r in self.running if r.name.startswith(name)]
+        self.running.remove(request)
+        self.waiting.append(request)
+        self.preempted.add(request.name)
+        request.context = None
 
     def reset(self, running):
         if running:
             for request in self.running:
                 request.context = None
+                self.preempted.add(request.name)
             self.waiting, self.running = self.running + self.waiting, []
         if self.running or self.refused_resets:
             self.refused_resets -= bool(self.refused_resets)
@@ -208,7 +228,8 @@ class Core:
 
     def _loop(self):
         while True:
-            idle = self.paused or not (self.waiting or self.running)
+            work = self.ended or not self.paused and (self.waiting or self.running)
+            idle = self.budget == 0 or not work
             try:
                 call = self._calls.get(timeout=None if idle else 0.001)
             except queue.Empty:
@@ -223,16 +244,28 @@ class Core:
                 answer.set_exception(error)
 
     def _step(self):
+        if self.paused:  # workers are still told what ended
+            return self._tell([], [])
         assert not self.asleep
-        self.running, self.waiting = self.running + self.waiting, []
+        taken_up, self.waiting = self.waiting[: self.room], self.waiting[len(self.waiting[: self.room]) :]
+        self.running += taken_up
+        self._tell(taken_up, self.running)
+        self.budget = None if self.budget is None else self.budget - 1
         now = [worker.digest() for worker in self.workers]
         for request in list(self.running):
             if request.context is None:
                 request.context = self.cache.setdefault(request.prompt, now)
             request.steps.append([request.context, now])
-            if len(request.steps) == STEPS:
+            if len(request.steps) == request.length:
+                self.ended.add(request.name)
                 self.running.remove(request)
                 request.answer.set_result(request.steps)
+
+    def _tell(self, taken_up, running):
+        """What a step tells the workers' model runners."""
+        for worker in self.workers:
+            worker.model_runner.step(self.ended, self.preempted, taken_up, running)
+        self.ended, self.preempted = set(), set()
 
 
 class LLM:

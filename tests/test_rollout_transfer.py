@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.metadata
 import logging
 import socket
 import sys
@@ -29,7 +30,8 @@ OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 def factory(monkeypatch):
     """vLLM's, with our plugin loaded."""
     found = installed(monkeypatch)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: {"vllm": "0.26.0", "nvfp4-qat": "0.1"}[name])
+    real, told = importlib.metadata.version, {"vllm": "0.26.0", "nvfp4-qat": "0.1"}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: told.get(name) or real(name))
     vllm_plugin.register()
     return found
 
@@ -77,7 +79,7 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     model, plan = trainer(1)
     server = Server(LLM(packed(0), tp=2, worker=worker))
     engines = Rollout.connect(server.url, plan, bucket_bytes=5000)
-    assert [path for path, _, _ in server.log] == ["/server_info", "/init_weight_transfer_engine"]
+    assert [path for path, _, _ in server.log] == ["/server_info", *["/init_weight_transfer_engine"] * 2]
     server.log.clear()
     engines.sync(model)
     asked = [path for path, _, _ in server.log]
@@ -85,6 +87,8 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     assert asked[-3:] == ["/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
     assert answered(server.llm, {seed: of_seed(seed, 2) for seed in range(2)}) == 1
     engines.verify(model)
+    with pytest.raises(UserError, match="a weight-transfer engine does not see requests; start vLLM with the"):
+        engines.token_versions("r", 4)
     server.close()
 
 

@@ -1,6 +1,7 @@
 """A real vLLM on a GPU gets new weights while it is up: every tensor is that of an engine that was started with them.
 
-Each case runs in a process of its own (`vllm_cases`, `vllm_kl`, `vllm_kill`). Two GPUs where the name says so.
+Each case runs in a process of its own (`vllm_cases`, `vllm_kl`, `vllm_keep`, `vllm_kill`). Two GPUs where the name says
+so.
 """
 
 from __future__ import annotations
@@ -74,6 +75,17 @@ def test_four_bit_kernels_add_nothing_to_the_mismatch_that_bf16_has(model: str) 
     assert found["tokens"] >= 40_000
     assert found["ratio"] <= 1.05 and found["bound95"] <= 1.10
     assert found["k3_one_update_behind"] > 3 * found["k3_nvfp4"], "the weights do not matter enough to tell"
+
+
+@pytest.mark.parametrize("runner", [0, 1])
+@pytest.mark.parametrize("case", ["async", "inprocess", "preempted"])
+def test_each_token_of_a_kept_request_has_the_version_that_made_it(case: str, runner: int) -> None:
+    found = result("vllm_keep.py", case, runner)
+    assert found["responses"] > 100 and found["mixed"] > 30
+    assert found["wrong"] == 0, found["examples"]
+    if runner == 0 or case != "preempted":
+        assert found["refused"] == 0, found["examples"]
+    assert found["refused"] < 0.5 * found["responses"]
 
 
 def test_no_forward_has_mixed_weights_when_trainers_are_killed_at_random_moments() -> None:

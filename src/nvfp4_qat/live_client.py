@@ -7,13 +7,14 @@ of them are at one version, that they quantize what the plan says, and that none
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import MismatchError, UserError
-from .live_engines import Engine, InFlight
+from .live_engines import Engine, InFlight, LocalEngine
 from .live_replies import BACKEND, Transfer
 from .live_started import Started
+from .live_tokens import TokenVersions
 from .plan import QuantPlan
 
 EXTENSION = "nvfp4_qat.vllm.LiveWeights"
@@ -44,6 +45,7 @@ class Client:
         """What each worker said of itself."""
         self.restarted = False
         """Whether it was started anew since its last complete update from here."""
+        self.tokens = TokenVersions(engine.name)
         self._asleep: set[str] = set()
         self.drifted: list[str] = []
         """Layers that somebody had altered when the last update of changes began."""
@@ -76,7 +78,10 @@ class Client:
         self.engine.suits(workers[0]["vllm"], self._in_flight)
         self._audit(workers)
         self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
+        if self.restarted:
+            self.tokens.clear()
         self.workers = workers
+        self._take_updates()
 
     def _hello(self) -> list[dict[str, Any]]:
         """What the workers say, by the extension or by the weight-transfer engine, whichever the engine has."""
@@ -133,6 +138,8 @@ class Client:
             self.greet()
         else:
             self._note(self._checked("nvfp4_status", answers))
+            if self.newest != (self.tokens.newest or 0):  # by another trainer
+                self._take_updates()
 
     def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """Call every worker; raise what any of them reports."""
@@ -166,9 +173,14 @@ class Client:
         self._note(self.call("nvfp4_commit", update))
         if self.version != version:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
+        self._take_updates(self.engine.scheduled() if isinstance(self.engine, LocalEngine) else None)
         self.engine.reset_cache()
         self.engine.resume()
         self.restarted = self.doubtful = False
+
+    def _take_updates(self, scheduled: Mapping[str, int] | None = None) -> None:
+        """Take note of what was in flight at updates; before an engine goes on, so that no response comes earlier."""
+        self.tokens.take(self.call("nvfp4_updates", self.tokens.newest), scheduled)
 
     def verify(self) -> list[dict[str, Any]]:
         """What each worker says of its weights; `vllm.LiveWeights.nvfp4_verify`.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from .errors import MismatchError, UserError
+from .live_in_flight import scheduled
 from .live_started import Started, started
 
 InFlight = Literal["abort", "keep"]
@@ -150,6 +151,10 @@ class LocalEngine:
 
     def address(self) -> str:
         return "127.0.0.1"
+
+    def scheduled(self) -> dict[str, int] | None:
+        """See `live_in_flight.scheduled`."""
+        return scheduled(self._llm)
 
 
 def release(version: str | None) -> tuple[int, int] | None:

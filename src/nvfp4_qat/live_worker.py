@@ -17,6 +17,7 @@ from .errors import UserError
 from .live_broadcast import Group
 from .live_changes import PIECE_NAME, Layout, from_pieces
 from .live_compare import Comparison
+from .live_in_flight import Notes
 from .live_memory import Shared, device_name, open_shared
 from .live_model import LiveModel
 from .live_recipe import EngineCode
@@ -41,6 +42,7 @@ class State:
         """Another one when the engine was started anew."""
         self.version: int | None = None
         """Of the last complete update; None: there was none since the engine started."""
+        self.notes = Notes()
         self.extra_bytes = 0
         """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
         self._before = 0

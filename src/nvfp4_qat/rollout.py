@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .live_manifest import manifest, to_wire
 from .live_memory import device_name, machine, process
 from .live_options import RolloutOptions
 from .live_recipe import Incoming
+from .live_tokens import UNKNOWN, response
 from .live_update import Update, each, raise_all
 from .live_verify import altered, different
 from .plan import QuantPlan
@@ -201,6 +203,46 @@ class Rollout:
             model, weights: see `sync`; the weights are taken in that thread.
         """
         return await in_thread(self.sync, model, weights)
+
+    def token_versions(
+        self,
+        request: Any,
+        count: int | None = None,
+        *,
+        choice: int = 0,
+        engine: int = 0,
+        ended: int | None | EllipsisType = UNKNOWN,
+    ) -> list[int | None]:
+        """The version of the weights that made each token of a response; asks no engine, so an event loop may call it.
+
+        Responses have tokens of several versions with ``in_flight="keep"``. What was in flight at an update is known
+        until it was at none of the 16 updates that follow (`live_in_flight.UPDATES`).
+
+        Args:
+            request: a `vllm.RequestOutput`; or the request's id, which no other request has: the one that was given to
+                ``AsyncLLM.generate`` or is in a server's response.
+            count: of the tokens so far; needed for an id, and for an output that has only those that are new.
+            choice: which of the request's responses (``n=``), its ``index``.
+            engine: that answered, by its place in the list that was connected.
+            ended: the engine's version when the response ended. Needed for a request that was in flight at no update
+                while others were known, where the output has no metrics (a server's response, or ``LLM`` without
+                ``disable_log_stats=False``).
+
+        Returns:
+            As many as tokens; None: the weights that the engine was started with.
+
+        Raises:
+            UserError: it cannot be told; the message says why.
+        """
+        times = None
+        if not isinstance(request, str):
+            request, tokens, times = response(request, choice)
+            count = tokens if count is None else count
+        if count is None:
+            raise UserError(f"how many tokens came of {request!r}? Give count=, or vLLM's RequestOutput")
+        if not 0 <= engine < len(self._clients):
+            raise UserError(f"there is no engine {engine}: {len(self._clients)} were connected")
+        return self._clients[engine].tokens.of(request, count, choice, times, ended)
 
     def _kept(self, entries: Sequence[Incoming], model: nn.Module) -> Snapshot | None:
         """The packed weights of the last sync, where changes are wanted; on ranks with engines."""

@@ -223,10 +223,16 @@ class LiveWeights:
         state.expect(update)
         state.live.commit()
         state.finished()
+        state.notes.take(self, state.version, state.coming)
         state.version = state.coming
         state.extra_bytes = state.watched()
         state.forget()
         return state.status()
+
+    @_answers
+    def nvfp4_updates(self, since: int | None) -> dict[str, Any]:
+        """What updates after a version found in flight; see `live_in_flight.Notes.since`."""
+        return {"rank": int(getattr(self, "rank", 0)), "updates": _state(self).notes.since(since)}
 
     @_answers
     def nvfp4_abandon(self, update: str) -> dict[str, Any]:
