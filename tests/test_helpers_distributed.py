@@ -65,7 +65,7 @@ EXPECTED = {
     "variants[right]": None,
     "variants[wrong]": ("41 is wrong", "--- every rank"),
     "without_end": ("nothing happened for 5 s", "in without_end"),  # with the stack of the rank that sleeps
-    "dies": ("exit code", "exitcode: 7"),  # the other rank is ended with it, before or after it reports
+    "dies": ("exit code", "(exitcode: 7) local_rank: 1"),  # the other rank is ended with it, before or after it reports
     "left_out": ("not today",),
     "good_at_the_end": None,
 }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, Bare, Worker, of_seed, whole
+from standin_vllm import LLM, Worker, of_seed, whole
 
 import nvfp4_qat as nq
-from nvfp4_qat import live_update, rollout, vllm
+from nvfp4_qat import live_update, rollout
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.rollout import Rollout
 
@@ -379,135 +377,7 @@ def test_tensors_that_are_not_those_announced_end_the_update(kind, message, tran
     engines.close()
 
 
-# Who can be connected
-
-
-def silent(llm):
-    """An engine that does not tell how it was started."""
-    return SimpleNamespace(collective_rpc=llm.collective_rpc)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_an_engine_without_the_extension_is_told_of_before_its_workers_are_called(tp):
-    llm = LLM(packed(0), worker=Bare, tp=tp)
-    message = (
-        r"not take live weights \(it was started without a worker extension\): start vLLM with worker_extension_cls="
-        '.*or from vLLM 0.26 with weight_transfer_config={"backend": "nvfp4"}, and install nvfp4-qat where'
-    )
-    with pytest.raises(UserError, match=message):
-        Rollout.connect(llm, trainer(1)[1])
-    assert not any(llm.core.unread)
-
-
-def test_an_engine_without_the_extension_that_does_not_tell():
-    with pytest.raises(
-        UserError, match=r"not take live weights \(NotImplementedError: Method 'nvfp4_hello'.*start vLLM"
-    ):
-        Rollout.connect(silent(LLM(packed(0), worker=Bare)), trainer(1)[1])
-    assert Rollout.connect(silent(LLM(packed(0))), trainer(1)[1])
-
-
-def test_replicas_of_which_only_one_answers_are_refused():
-    llm = LLM(packed(0))
-    llm.core.replicas = 2
-    with pytest.raises(
-        UserError, match="the engine has 2 replicas .*answers of the first one only: start a server for"
-    ):
-        Rollout.connect(llm, trainer(1)[1])
-    for own in ({"external_lb": True}, {"rank_local": 1}):
-        vars(llm.core).update({"external_lb": False, **own})
-        assert Rollout.connect(llm, trainer(1)[1]).versions == [None]
-
-
-def test_an_engine_that_lost_its_extension_is_told_of_at_the_next_sync():
-    model, plan = trainer(1)
-    llm = LLM(packed(0))
-    engines = Rollout.connect(llm, plan)
-    llm.core = LLM(packed(0), worker=Bare).core
-    with pytest.raises(UserError, match="does not take live weights"):
-        engines.sync(model)
-    assert engines.versions == [None] and answered(llm) == 0
-
-
-class Older(Worker):
-    def nvfp4_hello(self):
-        hello = super().nvfp4_hello()
-        hello["ok"] |= {"protocol": 0, "package": "0.0.9"}
-        return hello
-
-
-def test_another_protocol_is_refused():
-    with pytest.raises(MismatchError, match="nvfp4-qat 0.0.9, which cannot talk to this version: install the same"):
-        Rollout.connect(LLM(packed(0), worker=Older), trainer(1)[1])
-
-
-@pytest.mark.parametrize(
-    "version, supported",
-    [
-        ("0.14.3", False),
-        ("0.17.0", True),
-        ("0.24.0+cu130", True),
-        ("0.33.9", True),
-        ("0.34.0rc1", False),
-        ("dev", True),
-    ],
-)
-def test_versions_of_vllm_that_were_never_tried_are_refused(version, supported, monkeypatch):
-    known = vllm._version
-    monkeypatch.setattr(vllm, "_version", lambda package: version if package == "vllm" else known(package))
-    if supported:
-        Rollout.connect(LLM(packed(0)), trainer(1)[1])
-    else:
-        with pytest.raises(MismatchError, match=f"vLLM {re.escape(version)} is not supported: .* with 0.15 to 0.33;"):
-            Rollout.connect(LLM(packed(0)), trainer(1)[1])
-
-
-def test_all_engines_that_cannot_be_connected_are_one_error():
-    llms = [LLM(packed(0)), LLM(packed(0), worker=Bare), LLM(packed(0), worker=Older)]
-    with pytest.raises(MismatchError, match="(?s)engine 1 does not take live.*engine 2 has nvfp4-qat 0.0.9"):
-        Rollout.connect(llms, trainer(1)[1])
-
-
-@pytest.mark.parametrize("ignored", [["layers.0.o_proj"], ["layers.1.experts"]])
-def test_layers_that_are_4_bit_in_the_engine_only_are_named(ignored):
-    _, plan = trainer(1, ignored)
-    with pytest.raises(
-        MismatchError, match=rf"the engine \(there\) and the plan \(here\).*\n  only there: {ignored[0]}"
-    ):
-        Rollout.connect(LLM(packed(0)), plan)
-
-
-def test_layers_that_are_4_bit_in_the_plan_only_are_named():
-    class Less(Worker):
-        def nvfp4_hello(self):
-            hello = super().nvfp4_hello()
-            hello["ok"]["quantized"].remove("layers.1.o_proj")
-            return hello
-
-    model, plan = trainer(1)
-    llm = LLM(packed(0))
-    engines = Rollout.connect(llm, plan)
-    engines.audit()
-    llm.core = LLM(packed(0), worker=Less).core
-    for call in (engines.audit, lambda: engines.sync(model)):
-        with pytest.raises(MismatchError, match=r"quantized on one side only:\n  only here: layers\.1\.o_proj$"):
-            call()
-
-
-@pytest.mark.parametrize(
-    "engine, options, message",
-    [
-        (object(), {}, "object is no engine: connect a vllm.LLM or AsyncLLM, a URL"),
-        ("localhost:8000", {}, "is not the URL of a server: it should look like"),
-        ([], {"in_flight": "wait"}, "in_flight='wait' is none of 'abort', 'keep'"),
-        ([], {"transport": "ipc"}, "transport='ipc' is none of 'auto', 'direct', 'shared', 'broadcast'"),
-        ([], {"bucket_bytes": 0}, "bucket_bytes=0 .* must both be positive"),
-        ([], {"timeout": -1.0}, "timeout=-1.0 must both be positive"),
-    ],
-)
-def test_bad_arguments_are_errors(engine, options, message):
-    with pytest.raises(UserError, match=message):
-        Rollout.connect(engine, trainer(1)[1], **options)
+# Several engines and workers
 
 
 def test_a_rank_without_engines_takes_part_in_packing_only(monkeypatch):

@@ -285,6 +285,16 @@ def test_the_last_stage_of_a_pipeline_counts():
     assert tokens.of("r", 8) == [None] * 7 + [1]
 
 
+def test_the_clock_of_an_update_is_that_of_the_scheduler_s_machine():
+    from nvfp4_qat.live_tokens import TokenVersions
+
+    tokens = TokenVersions("engine")
+    told = {"version": 1, "before": None, "why": "", "preempted": True, "tokens": {}}
+    tokens.take([{"rank": rank, "updates": [{**told, "at": at}]} for rank, at in ((1, 5.0), (0, 100.0))])
+    assert tokens.of("r", 2, times=(98.0, 99.0)) == [None] * 2
+    assert tokens.of("r", 2, times=(101.0, 102.0)) == [1] * 2
+
+
 def test_an_engine_in_this_process_is_asked_for_what_its_scheduler_took():
     """Its last step may be under way when it is paused; what that samples is dropped."""
     s = Setup()

@@ -74,7 +74,7 @@ def test_a_flipped_bit_of_any_operand_is_found_and_repaired(changes):
         layer = operand.partition(":")[0]
         layer = "embed" if layer == "lm_head" else layer  # which share their weight
         told = f"the engine: version {up.rollout.versions[0]} was altered after it had been updated, in"
-        assert up.verify() == f"{told} {layer}; the next sync repairs it"
+        assert up.verify() == f"{told} {layer}; the next sync sends it whole"
         report = up.rollout.sync(up.model)  # nothing has changed
         up.rollout.verify()
         assert_fresh(up.llms[0], up.model)
@@ -157,7 +157,7 @@ def test_engines_that_differ_although_none_has_drifted():
     (state,) = [w.__dict__["_nvfp4_state"] for w in up.llms[1].core.workers]
     state.live.checks.note()  # as if the update had left it
     told = up.verify()
-    assert told == "engine 1: version 4 differs from engine 0 in layers.0.o_proj; the next sync repairs it"
+    assert told == "engine 1: version 4 differs from engine 0 in layers.0.o_proj; the next sync sends it whole"
     assert "engine 1: version 4 is not this model's in layers.0.o_proj" in up.verify(up.model)
     report = up.rollout.sync(up.model)
     assert report.bytes > 10_000  # who is right is not asked: both get everything

@@ -165,18 +165,17 @@ class PackedAllGather(DefaultAllGather):
         self._work: Any = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """FSDP2's output, behind room for the bytes of all ranks: both live as long as one of them is held."""
+        """FSDP2's output, and room for the bytes of all ranks: in front of it, where these are not to outlive it."""
         nbytes = math.prod(map(int, size)) * dtype.itemsize
-        if self._kept is not None and self._kept_version == self.wanted:
-            self._gathered = self._kept
-            rest: Tensor = self.inner.allocate(size, dtype=dtype, device=device)
-            return rest
-        self._kept = None  # before there is another
         start = self._joint if nbytes <= self._room else self._alone
         if self._keep:
-            self._gathered = self.inner.allocate((start,), dtype=torch.uint8, device=device)
-            rest = self.inner.allocate(size, dtype=dtype, device=device)
-            return rest
+            if self._kept is None or self._kept_version != self.wanted:
+                self._kept = None  # before there is another
+                self._gathered = self.inner.allocate((start,), dtype=torch.uint8, device=device)
+            else:
+                self._gathered = self._kept
+            apart: Tensor = self.inner.allocate(size, dtype=dtype, device=device)
+            return apart
         whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
         self._gathered = whole[:start]
         rest = whole[start:]

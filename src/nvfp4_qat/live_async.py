@@ -92,6 +92,9 @@ class AsyncEngine:
     def address(self) -> str:
         return "127.0.0.1"
 
+    def scheduled(self) -> dict[str, int] | None:
+        return None
+
     def _do(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if not self.loop.is_running():
             raise ConnectionError(f"{self.name} cannot be reached: its event loop does not run")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import MismatchError, UserError
-from .live_engines import Engine, InFlight, LocalEngine
+from .live_engines import Engine, InFlight
 from .live_replies import BACKEND, Transfer
 from .live_started import Started
 from .live_tokens import TokenVersions
@@ -173,7 +173,7 @@ class Client:
         self._note(self.call("nvfp4_commit", update))
         if self.version != version:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
-        self._take_updates(self.engine.scheduled() if isinstance(self.engine, LocalEngine) else None)
+        self._take_updates(self.engine.scheduled())
         self.engine.reset_cache()
         self.engine.resume()
         self.restarted = self.doubtful = False

@@ -101,6 +101,10 @@ class Engine(Protocol):
     def address(self) -> str:
         """This machine's address, as the engine's workers reach it."""
 
+    def scheduled(self) -> dict[str, int] | None:
+        """While it is paused, how many tokens each request has, where the scheduler can be asked; None: it cannot be,
+        and need not be, as it took all that workers sampled (`live_in_flight`)."""
+
 
 class LocalEngine:
     """A `vllm.LLM`, with its workers in this process or in processes of its own.

@@ -100,6 +100,9 @@ class HttpEngine:
             probe.connect((self._host, self._port))
             return str(probe.getsockname()[0])
 
+    def scheduled(self) -> dict[str, int] | None:
+        return None
+
     def _post(self, path: str, body: Any = None) -> Any:
         return self._ask("POST", path, body)
 

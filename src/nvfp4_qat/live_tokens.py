@@ -81,14 +81,18 @@ class TokenVersions:
         """Take what workers say of updates that were not taken yet.
 
         Args:
-            workers: the answers of `vllm.LiveWeights.nvfp4_updates`. The one of the highest rank counts: in a pipeline
-                the last stage samples.
+            workers: the answers of `vllm.LiveWeights.nvfp4_updates`. Tokens are counted by the one of the highest rank,
+                as in a pipeline the last stage samples. When an update was, says that of the lowest: it is on the
+                machine of the scheduler, by whose clock tokens come.
             scheduled: of the last of them, what the scheduler says (`live_in_flight.scheduled`).
         """
-        updates = max(workers, key=lambda worker: int(worker["rank"]))["updates"] if workers else []
+        ranks = sorted(workers, key=lambda worker: int(worker["rank"]))
+        updates = ranks[-1]["updates"] if ranks else []
+        at = {update["version"]: update["at"] for update in (ranks[0]["updates"] if ranks else [])}
         with self._lock:
             for update in updates:
-                self._take(update, scheduled if update is updates[-1] else None)
+                told = {**update, "at": at.get(update["version"], update["at"])}
+                self._take(told, scheduled if update is updates[-1] else None)
 
     def of(
         self,

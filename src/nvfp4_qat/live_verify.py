@@ -20,7 +20,7 @@ from .live_client import Client
 from .live_recipe import some
 from .live_update import each
 
-REPAIR = "the next sync repairs it"
+REPAIR = "the next sync sends it whole"
 
 
 def altered(clients: Sequence[Client]) -> tuple[list[Exception], list[Client]]:

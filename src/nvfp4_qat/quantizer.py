@@ -135,15 +135,17 @@ def _stream(
     plain = {name: entry for name, entry in tensors.items() if name not in plan}
     check_all_finite(plain)
     for name, entry in plain.items():
-        stored = entry.stored()
-        for part in output_slices(plan, name, layout):
-            yield part.name, part.of(stored).contiguous()
+        yield from _sliced(entry.stored(), output_slices(plan, name, layout))
     for planned, packed in pack_from_masters(model):
         yield from _parts(packed, output_slices(plan, planned.name, layout))
 
 
 def _passed(name: str, tensor: Tensor, slices: Iterable[CheckpointSlice]) -> Iterator[tuple[str, Tensor]]:
     check_finite(name, tensor)
+    yield from _sliced(tensor, slices)
+
+
+def _sliced(tensor: Tensor, slices: Iterable[CheckpointSlice]) -> Iterator[tuple[str, Tensor]]:
     for part in slices:
         yield part.name, part.of(tensor.detach()).contiguous()
 

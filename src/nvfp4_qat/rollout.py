@@ -135,7 +135,7 @@ class Rollout:
         """See whether the engines still have what the last sync left; they go on answering.
 
         Every layer's checksum is compared with that of the end of the sync, and with that of engines that have the same
-        version and kernels. The next sync repairs what is found here.
+        version and kernels. The next sync sends the layers that are found here whole.
 
         Args:
             model: unchanged since the last sync: what the engines' own code makes of its weights is compared too, bit
