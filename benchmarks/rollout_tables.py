@@ -26,18 +26,20 @@ def rollout(rows: Sequence[Row]) -> Section | None:
             lines.append([
                 f"{row['model']}, {row['layers']} layers, {row['masters']} masters", row["transport"],
                 f"changes of a step at learning rate {row['learning_rate']:g}" if changes else "everything",
-                with_range(row, "seconds"), with_range(row, "packing_seconds"), f"{row['first_seconds']:.1f}",
+                with_range(row, "seconds"), with_range(row, "from_packed_seconds"), with_range(row, "packing_seconds"),
+                f"{row['first_seconds']:.1f}",
                 with_range(row, "reload_seconds"), byte_size(row["bytes"]),
                 f"{100 * row['fraction_bytes']:.2f} %" if changes else "100 %", byte_size(row["extra_bytes"]),
                 byte_size(row["remembered_bytes"]) if changes else "–", f"{short(row['gpu'])}, vLLM {row['vllm']}",
             ])  # fmt: skip
     head = [
-        "model", "transport", "sent", "s", "packing alone, s", "first time, s", "vLLM's reload, s", "bytes",
+        "model", "transport", "sent", "s", "of packed weights, s", "packing alone, s", "first time, s", "vLLM's reload, s", "bytes",
         "of all bytes", "extra memory", "kept for changes", "GPU",
     ]  # fmt: skip
     text = (
         "`Rollout.sync` from a trainer to a vLLM on the same GPU: seconds from the call until the engine may generate. "
-        "The trainer packs its weights meanwhile; what that takes alone stands beside it. vLLM's own reload takes the "
+        "The trainer packs its weights meanwhile; beside it stands what a sync takes of weights that were packed before, "
+        "and what packing takes alone. vLLM's own reload takes the "
         "same tensors in the same process. Extra memory is what was allocated at the peak of a sync, by the trainer "
         "in the same process too."
     )
