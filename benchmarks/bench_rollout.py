@@ -18,7 +18,7 @@ first sync, which finds out where everything goes, and the second, which proves 
 the median; they are reported beside it.
 
 With ``--changes`` the model is then trained by AdamW on random tokens, and only what changed is sent; a row of its own
-says how much and how long. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
+says how much and how long, again with and without the packing. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
 """
 
 from __future__ import annotations
@@ -182,6 +182,12 @@ def changes(llm: Any, plan: nq.QuantPlan, trainer: Any, args: argparse.Namespace
         seconds, report = timed(lambda: rollout.sync(trainer))
         samples.append(seconds)
         reports.append(report)
+    ready = []
+    for step in range(args.repeats):
+        adamw_step(trainer, args.changes, 100 + step)
+        packed = list(nq.packed_weights(trainer, layout="fused"))
+        ready.append(timed(lambda packed=packed: rollout.sync(trainer, weights=packed))[0])
+        del packed
     if args.profile is not None:
         adamw_step(trainer, args.changes, 1000)
         profiled(lambda: rollout.sync(trainer), args.profile)
@@ -195,7 +201,7 @@ def changes(llm: Any, plan: nq.QuantPlan, trainer: Any, args: argparse.Namespace
         "fraction_bytes": max(r.bytes for r in reports[1:]) / whole.bytes,
         "fraction_changed": reports[-1].fraction_changed, "remembering_seconds": round(remembering, 3),
         "first_seconds": round(samples[0], 3), **summary("seconds", samples[1:], 4),
-        "extra_bytes": max(r.extra_bytes for r in reports[1:]),
+        **summary("from_packed_seconds", ready, 4), "extra_bytes": max(r.extra_bytes for r in reports[1:]),
         "remembered_bytes": remembered,
         "check": "ok" if same else "a complete sync gives other tensors",
     }  # fmt: skip

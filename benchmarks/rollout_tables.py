@@ -33,15 +33,14 @@ def rollout(rows: Sequence[Row]) -> Section | None:
                 byte_size(row["remembered_bytes"]) if changes else "–", f"{short(row['gpu'])}, vLLM {row['vllm']}",
             ])  # fmt: skip
     head = [
-        "model", "transport", "sent", "s", "of packed weights, s", "packing alone, s", "first time, s", "vLLM's reload, s", "bytes",
-        "of all bytes", "extra memory", "kept for changes", "GPU",
+        "model", "transport", "sent", "s", "of packed weights, s", "packing alone, s", "first time, s",
+        "vLLM's reload, s", "bytes", "of all bytes", "extra memory", "kept for changes", "GPU",
     ]  # fmt: skip
     text = (
         "`Rollout.sync` from a trainer to a vLLM on the same GPU: seconds from the call until the engine may generate. "
-        "The trainer packs its weights meanwhile; beside it stands what a sync takes of weights that were packed before, "
-        "and what packing takes alone. vLLM's own reload takes the "
-        "same tensors in the same process. Extra memory is what was allocated at the peak of a sync, by the trainer "
-        "in the same process too."
+        "The trainer packs its weights meanwhile; beside it stand what a sync takes of weights that were packed "
+        "before, and what packing takes alone. vLLM's own reload takes the same tensors in the same process. Extra "
+        "memory is what was allocated at the peak of a sync, by the trainer in the same process too."
     )
     return Section("New weights for an engine", text, markdown(head, lines))
 

@@ -13,7 +13,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_qat import kernels, launch, live_sums, live_sums_kernel, multi, multi_kernels, multi_unpack
+from nvfp4_qat import (
+    kernels,
+    launch,
+    live_changes_kernel,
+    live_routes,
+    live_snapshot,
+    live_sums,
+    live_sums_kernel,
+    multi,
+    multi_kernels,
+    multi_unpack,
+)
 
 TARGETS = (80, 90)
 POINTERS = {"bf16": "*i32", "fp16": "*i32", "fp32": "*i64"}
@@ -95,10 +106,24 @@ def sums(target: int) -> dict[str, str]:
     }
 
 
+def changes(target: int) -> dict[str, str]:
+    """What finds and makes live changes."""
+    types = {
+        "table_ptr": "*i64", "counts_ptr": "*i32", "ends_ptr": "*i64", "at_ptr": "*i64", "flips_ptr": "*u8",
+        "count": "i32", "rows": "i32", "addresses_ptr": "*i64",
+    }  # fmt: skip
+    tiles = {t: {"TYPE": t, "WORDS": live_snapshot.TILE} for t in (tl.int64, tl.uint8)}
+    counts = {f"count {t}": ptx(live_changes_kernel.count_kernel, types, tile, target) for t, tile in tiles.items()}
+    takes = {f"take {t}": ptx(live_changes_kernel.take_kernel, types, tile, target) for t, tile in tiles.items()}
+    sizes = {"SEARCH": 11, "PLACES": live_routes.PLACES}
+    return counts | takes | {"flip": ptx(live_changes_kernel.flip_kernel, types, sizes, target)}
+
+
 def main() -> None:
     result = {}
     for target in TARGETS:
-        result |= {f"{name} sm_{target}": text for name, text in (single(target) | many(target) | sums(target)).items()}
+        made = single(target) | many(target) | sums(target) | changes(target)
+        result |= {f"{name} sm_{target}": text for name, text in made.items()}
     print(json.dumps(result))
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvfp4_qat import live_changes
+from nvfp4_qat import live_changes, live_snapshot
 from nvfp4_qat.errors import MismatchError
-from nvfp4_qat.live_changes import FAR, Layout, Snapshot, compressed, from_pieces, to_pieces
+from nvfp4_qat.live_changes import FAR, Layout, compressed, from_pieces, places, to_pieces
 from nvfp4_qat.live_recipe import Incoming, Part
+from nvfp4_qat.live_snapshot import Snapshot
+
+pytest.importorskip("triton", reason="Triton is not installed; it exists for Linux only")
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]  # the interpreter's numpy
 
 SHAPES = {
     "a.weight_packed": ((40, 64), torch.uint8),
@@ -19,6 +24,9 @@ SHAPES = {
     "last.weight": ((7,), torch.bfloat16),
 }
 ENTRIES = [Incoming(name, shape, dtype, (Part(name),)) for name, (shape, dtype) in SHAPES.items()]
+
+
+CPU = torch.device("cpu")
 
 
 def weights(seed):
@@ -46,24 +54,29 @@ def applied(layout, memory, changes):
     for piece in changes:
         at, flips = piece.places()
         assert (at.diff() > 0).all() and (flips != 0).all()
-    for name, at, flips in layout.taken_apart(changes):
-        data = layout.view(memory, name).view(-1).view(torch.uint8)
-        data[at] ^= flips
+    for at, flips in places(changes):
+        assert sum(chosen.stop - chosen.start for _, chosen, _ in layout.split(at)) == len(at)
+        memory[at] ^= flips
 
 
 def bits(t):
     return t.contiguous().view(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize(("piece", "few", "at_once"), [(1 << 27, 1 << 22, 1 << 23), (1 << 17, 100, 500), (1000, 9, 99)])
+@pytest.mark.parametrize(
+    ("piece", "few", "at_once", "tile"),
+    [(1 << 27, 1 << 22, 1 << 23, 0), (1 << 17, 100, 500, 0), (1000, 9, 99, 0),
+     (1 << 27, 1 << 22, 1 << 23, 1024), (1 << 17, 100, 500, 256), (1 << 14, 1 << 22, 500, 64)],
+)  # fmt: skip
 @pytest.mark.parametrize("fraction", [0.0, 1e-5, 1e-3, 0.05, 0.9])
-def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, fraction, monkeypatch):
-    for name, value in (("PIECE", piece), ("FEW", few), ("AT_ONCE", at_once)):
-        monkeypatch.setattr(live_changes, name, value)
+def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, fraction, tile, monkeypatch):
+    for name, value in (("PIECE", piece), ("FEW", few), ("STEP", piece // 4), ("TILE", tile)):
+        monkeypatch.setattr(live_snapshot, name, value)
+    monkeypatch.setattr(live_changes, "AT_ONCE", at_once)
     layout = Layout(ENTRIES)
     old = weights(1)
     new = moved(old, fraction)
-    snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)
+    snapshot, memory = Snapshot(layout, CPU, kernels=tile > 0), torch.zeros(layout.nbytes, dtype=torch.uint8)
     for name, t in old.items():
         snapshot.keep(name, t)
         layout.view(memory, name).copy_(t)
@@ -78,9 +91,11 @@ def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, frac
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fraction", [1e-3, 0.9])
-def test_changes_on_a_gpu_are_those_of_a_cpu(fraction, monkeypatch):
-    monkeypatch.setattr(live_changes, "PIECE", 1 << 16)
+@pytest.mark.parametrize("few", [1 << 23, 100])
+@pytest.mark.parametrize("fraction", [0.0, 1e-3, 0.9])
+def test_changes_on_a_gpu_are_those_of_a_cpu(fraction, few, monkeypatch):
+    monkeypatch.setattr(live_snapshot, "PIECE", 1 << 16)
+    monkeypatch.setattr(live_snapshot, "FEW", few)
     layout, old, new = Layout(ENTRIES), weights(1), moved(weights(1), fraction)
     found = []
     for device in ("cpu", "cuda"):
@@ -88,21 +103,46 @@ def test_changes_on_a_gpu_are_those_of_a_cpu(fraction, monkeypatch):
         for name, t in old.items():
             snapshot.keep(name, t.to(device))
         pieces = list(snapshot.changes((name, t.to(device)) for name, t in new.items()))
-        found.append([(n, at.cpu(), flips.cpu()) for n, at, flips in layout.taken_apart(pieces)])
-    for a, b in zip(*found, strict=True):
-        assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+        made = list(places(pieces))
+        found.append([torch.cat([pair[i].cpu() for pair in made] or [torch.empty(0)]) for i in range(2)])
+        assert all(torch.equal(bits(snapshot.view(name).cpu()), bits(t)) for name, t in new.items())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+def test_large_tensors_on_a_gpu():
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = {"a": (1 << 28,), "b": (12345, 4097), "c": (3,), "d": (1 << 20, 40)}
+    layout = Layout([Incoming(name, shape, torch.uint8, (Part(name),)) for name, shape in shapes.items()])
+    snapshot = Snapshot(layout, torch.device("cuda"))
+    old = {n: torch.randint(256, s, dtype=torch.uint8, device="cuda", generator=g) for n, s in shapes.items()}
+    assert sum(piece.count for piece in snapshot.changes(old.items())) > 0.9 * layout.nbytes
+    for fraction in (1e-3, 0.004, 0.03, 0.3):
+        new = {}
+        for name, t in old.items():
+            chosen = torch.rand(t.shape, device="cuda", generator=g) < fraction
+            new[name] = torch.where(chosen, t ^ 16, t)
+        changed = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cuda")
+        pieces = list(snapshot.changes(new.items()))
+        for at, flips in places(pieces):
+            changed[at] = flips
+        for name, t in old.items():
+            assert torch.equal(layout.view(changed, name), t ^ new[name])
+            assert torch.equal(snapshot.view(name), new[name])
+        assert sum(piece.count for piece in pieces) == sum(int((old[n] != new[n]).sum()) for n in old)
+        old = new
 
 
 def test_the_order_of_a_stream_does_not_matter():
     layout, new = Layout(ENTRIES), weights(3)
-    snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)
+    snapshot, memory = Snapshot(layout, CPU), torch.zeros(layout.nbytes, dtype=torch.uint8)
     applied(layout, memory, snapshot.changes(reversed(new.items())))
     assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
 
 
 def test_pieces_within_what_another_spans():
     layout, old, new = Layout(ENTRIES), weights(1), moved(weights(1), 0.01)
-    snapshot, memory = Snapshot(layout, torch.device("cpu")), torch.zeros(layout.nbytes, dtype=torch.uint8)
+    snapshot, memory = Snapshot(layout, CPU), torch.zeros(layout.nbytes, dtype=torch.uint8)
     for name, t in old.items():
         snapshot.keep(name, t)
         layout.view(memory, name).copy_(t)
@@ -143,7 +183,7 @@ def test_short_distances_take_a_byte_and_long_ones_two(distance, kind):
     ],
 )
 def test_another_stream_than_announced(change, message):
-    snapshot, new = Snapshot(Layout(ENTRIES), torch.device("cpu")), weights(0)
+    snapshot, new = Snapshot(Layout(ENTRIES), CPU), weights(0)
     snapshot.version = 3
     change(new)
     with pytest.raises(MismatchError, match=message):
@@ -152,6 +192,6 @@ def test_another_stream_than_announced(change, message):
 
 
 def test_a_tensor_that_comes_twice():
-    snapshot, new = Snapshot(Layout(ENTRIES), torch.device("cpu")), weights(0)
+    snapshot, new = Snapshot(Layout(ENTRIES), CPU), weights(0)
     with pytest.raises(MismatchError, match="has come before"):
         list(snapshot.changes([*new.items(), *list(new.items())[:1]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -11,9 +12,12 @@ from standin_engine import Model, announced, checkpoint
 from standin_layers import ALONE, Linear, Packed, Place, fixed, repacked
 from test_live_graphs import Fake
 
+from nvfp4_qat import live_model
 from nvfp4_qat.errors import UserError
-from nvfp4_qat.live_changes import Layout, Snapshot
+from nvfp4_qat.live_changes import Layout, places
 from nvfp4_qat.live_graphs import Graphs
+from nvfp4_qat.live_patch import Patcher
+from nvfp4_qat.live_snapshot import Snapshot
 
 
 def moved(weights, fraction, seed, kinds=("weight_packed", "weight_scale", "weight", "bias")):
@@ -54,11 +58,9 @@ class Sync:
     def changed(self, weights):
         """Names of the tensors that were sent whole."""
         live = self.engine.live
-        changes = []
-        for piece in self.snapshot.changes(weights.items()):
-            changes += self.layout.taken_apart([piece])
+        changes = list(self.snapshot.changes(weights.items()))
         live.begin_changes(announced(weights))
-        needed = sorted(live.change(changes))
+        needed = sorted(live.change(self.layout, places(changes)))
         random.Random(0).shuffle(needed)
         live.load((name, self.snapshot.view(name)) for name in needed)
         live.commit()
@@ -66,6 +68,13 @@ class Sync:
         return needed
 
 
+@pytest.fixture(params=[False, True], ids=["by operations", "by a kernel"])
+def way(request, monkeypatch):
+    """How bytes are changed; a GPU has the kernel."""
+    monkeypatch.setattr(live_model, "Patcher", functools.partial(Patcher, kernel=request.param))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("place", [ALONE, Place(0, 2), Place(1, 2), Place(0, 1, 1, 2)], ids=str)
 def test_changed_bytes_give_what_a_fresh_model_has(place):
     sync = Sync(place)
@@ -75,12 +84,18 @@ def test_changed_bytes_give_what_a_fresh_model_has(place):
         needed = sync.changed(weights)
         assert all(".experts." in name for name in needed)  # whose processing here uses a table that may change
         assert not needed or fraction > 0
-    assert sync.engine.live.patcher.nbytes > 0
+    patcher = sync.engine.live.patcher
+    assert patcher.nbytes > 0
+    if patcher._kernel:
+        routes = patcher._routes[2]
+        assert routes._count > 20 and any(codes for keys in routes.keys.values() for _, codes in keys)
+        assert {name.rpartition(".")[2] for name in routes.keys} >= {"weight_packed", "weight_scale", "weight", "bias"}
     sync.full(checkpoint(7))
     sync.engine.check(checkpoint(7))
     assert all(".experts." in name for name in sync.changed(moved(checkpoint(7), 0.01, 9)))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_global_scale", "weight", "bias"])
 def test_changes_of_one_kind(kind):
     sync = Sync()
@@ -104,6 +119,7 @@ class Scaled(Packed):
         layer.weight_global_scale = fixed(layer.weight_global_scale / factor)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_layers_with_another_factor_are_sent_whole_and_no_others(graphs):
     def weights(seed, *largest):
@@ -153,7 +169,8 @@ def test_an_update_of_changes_that_breaks_off_is_healed_by_a_full_one():
     name = next(n for n in new if n.endswith("o_proj.weight_packed"))
     at = (bits_of(new[name]) ^ bits_of(checkpoint(3)[name])).nonzero()[:, 0]
     live.begin_changes(announced(new))
-    live.change([(name, at, (bits_of(new[name]) ^ bits_of(checkpoint(3)[name]))[at])])
+    first = sync.layout.starts[sync.layout.index[name]]
+    live.change(sync.layout, [(at + first, (bits_of(new[name]) ^ bits_of(checkpoint(3)[name]))[at])])
     assert not live.whole
     live.abandon()
     with pytest.raises(UserError, match="has remembered a complete update"):

@@ -38,7 +38,7 @@ class Sender(Protocol):
     """Takes the tensors of one update."""
 
     def send(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; its memory may change afterwards, in the order of the current stream."""
+        """Take a tensor; its memory stays as it is until the next `flush`."""
 
     def flush(self) -> None:
         """Return when the workers have everything."""

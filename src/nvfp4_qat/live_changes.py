@@ -1,8 +1,8 @@
 """What changed since the last sync, as few bytes: for engines that have the weights of before.
 
-All tensors of a sync lie one after the other in one piece of memory (`Layout`). A `Snapshot` keeps that of the last
-sync, and compares it with a new stream, piece by piece. What a piece's `Changes` hold is the exclusive or of old and
-new bytes at the places that differ, and how far these are apart. Applied to the old bytes they give the new ones.
+All tensors of a sync lie one after the other in one piece of memory (`Layout`); `live_snapshot` keeps that of the last
+sync and compares it with a new stream, piece by piece. What a piece's `Changes` hold is the exclusive or of old and new
+bytes at the places that differ, and how far these are apart. Applied to the old bytes they give the new ones.
 
 A step of training with a small learning rate changes few of the packed bytes: a weight's code changes when the weight
 crosses the border between two codes, and a block's scale when its largest magnitude crosses one.
@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import MismatchError
 from .live_recipe import Incoming
 
 ALIGNMENT = 16
 """Bytes; tensors begin at multiples of it."""
-
-PIECE = 1 << 27
-"""Bytes that are compared before the device is waited for."""
-
-FEW = 1 << 22
-"""Changed bytes of which the places are found at a time; more are found in smaller pieces, or sent as they are."""
 
 AT_ONCE = 1 << 23
 """Changes that are taken apart together."""
@@ -81,20 +74,6 @@ class Layout:
             if end > begin:
                 yield self.entries[i].name, slice(begin, end), self.starts[i]
 
-    def taken_apart(self, pieces: Sequence[Changes]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Changes by tensor.
-
-        Args:
-            pieces: in the order of their first bytes.
-
-        Yields:
-            Name, bytes of it that change (int64 ``[n]``), and their flips; a tensor may come several times.
-        """
-        for several in _batches(pieces):
-            for at, flips in _places(several):
-                for name, chosen, start in self.split(at):
-                    yield name, at[chosen] - start, flips[chosen]
-
 
 @dataclass(frozen=True)
 class Changes:
@@ -129,6 +108,16 @@ class Changes:
         return self.start + (self.gaps.to(torch.int64) & FAR[self.gaps.dtype]).cumsum(0)
 
 
+def places(pieces: Sequence[Changes]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where bytes change, int64 ``[n]`` ascending, and their flips, uint8 ``[n]``, several times.
+
+    Args:
+        pieces: in the order of their first bytes.
+    """
+    for several in _batches(pieces):
+        yield from _at_once(several)
+
+
 def _batches(pieces: Sequence[Changes]) -> Iterator[list[Changes]]:
     """Pieces for whose sizes one waits once; those that hold all bytes are for themselves."""
     several: list[Changes] = []
@@ -142,8 +131,8 @@ def _batches(pieces: Sequence[Changes]) -> Iterator[list[Changes]]:
         yield several
 
 
-def _places(pieces: Sequence[Changes]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Where bytes change, ascending, and their flips, as few times as possible."""
+def _at_once(pieces: Sequence[Changes]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`places` of a batch, as few times as possible."""
     if len(pieces) > 1:
         at, flips = torch.cat([piece.stops() for piece in pieces]), torch.cat([piece.flips for piece in pieces])
         real = flips.nonzero()[:, 0]
@@ -155,115 +144,37 @@ def _places(pieces: Sequence[Changes]) -> Iterator[tuple[Tensor, Tensor]]:
         yield piece.places()
 
 
-class Snapshot:
-    """The packed weights of the last sync.
-
-    Args:
-        layout: of them.
-        device: where they are kept: that of the weights.
-    """
-
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.layout = layout
-        self.memory = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-        self._flips = torch.empty(PIECE, dtype=torch.uint8, device=device)
-        self._first = self._end = 0
-        self.version: int | None = None
-        """Of the weights that it holds; None: of none, or of several."""
-
-    def view(self, name: str) -> Tensor:
-        """A tensor of the last sync; valid until the next one."""
-        return self.layout.view(self.memory, name)
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor as it is."""
-        self.view(name).copy_(tensor)
-
-    def changes(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Changes]:
-        """Compare with a new stream, and keep that.
-
-        Args:
-            stream: all tensors, in the order of the layout or another.
-
-        Yields:
-            What changed, for each piece in which something did.
-
-        Raises:
-            MismatchError: the stream does not have the tensors of the layout.
-        """
-        self.begin()
-        for name, tensor in stream:
-            yield from self.take(name, tensor)
-        yield from self.end()
-
-    def begin(self) -> None:
-        """A new stream comes: `take` each tensor of it, and `end` it."""
-        self.version = None
-        self._first = self._end = 0
-        self._seen: set[str] = set()
-
-    def take(self, name: str, tensor: Tensor) -> Iterator[Changes]:
-        """Compare a tensor of the stream, and keep it. Yields and raises as `changes`."""
-        i = self.layout.index.get(name)
-        entry = None if i is None else self.layout.entries[i]
-        if entry is None or (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype) or name in self._seen:
-            raise MismatchError(f"{name} was announced otherwise, or not, or has come before")
-        self._seen.add(name)
-        yield from self._compared(self.layout.starts[self.layout.index[name]], tensor)
-
-    def end(self) -> Iterator[Changes]:
-        """The stream is over. Yields and raises as `changes`."""
-        yield from self._finished()
-        if len(self._seen) != len(self.layout.entries):
-            missing = sorted(self.layout.index.keys() - self._seen)
-            raise MismatchError(f"{len(missing)} tensors have not come: {', '.join(missing[:20])}")
-
-    def _compared(self, start: int, tensor: Tensor) -> Iterator[Changes]:
-        """Compare a tensor; neighbours share a piece, for whose number of changes the device is waited for once."""
-        new = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        done = 0
-        while done < len(new):
-            at = start + done
-            if not self._first <= at < self._first + PIECE or at < self._end:
-                yield from self._finished()
-                self._first = self._end = at
-            count = min(len(new) - done, self._first + PIECE - at)
-            old, part = self.memory[at : at + count], new[done : done + count]
-            if at > self._end:
-                self._flips[self._end - self._first : at - self._first] = 0
-            torch.bitwise_xor(old, part, out=self._flips[at - self._first : at - self._first + count])
-            old.copy_(part)
-            self._end, done = at + count, done + count
-
-    def _finished(self) -> Iterator[Changes]:
-        flips, first = self._flips[: self._end - self._first], self._first
-        self._end = self._first
-        count = int(torch.count_nonzero(flips))
-        step = len(flips) if count <= FEW else max(1, PIECE // 4)
-        for at in range(0, len(flips) if count else 0, step):
-            found = compressed(first + at, flips[at : at + step])
-            if found is not None:
-                yield found
-
-
 def compressed(start: int, flips: Tensor) -> Changes | None:
     """Flips of all bytes of a piece as `Changes`; None if nothing changed."""
     at = flips.nonzero()[:, 0]
     if not len(at):
         return None
+    found = encoded(start, at, flips[at], len(flips))
+    return Changes(start, flips.clone(), None, len(at)) if found is None else found
+
+
+def encoded(start: int, at: Tensor, values: Tensor, length: int) -> Changes | None:
+    """Single changes of a piece as `Changes`; None if these would be larger than the piece.
+
+    Args:
+        start: its first byte.
+        at: int64 ``[n]``, ascending, counted from there; at least one.
+        values: uint8 ``[n]``, old byte xor new byte.
+        length: bytes of the piece.
+    """
     gaps = torch.diff(at, prepend=at.new_zeros(1))
     more = {kind: (gaps - 1).clamp(min=0) // far for kind, far in FAR.items()}
     counts = torch.stack([m.sum() for m in more.values()]).tolist()
     sizes = {kind: (1 + kind.itemsize) * (len(at) + n) for kind, n in zip(more, counts, strict=True)}
     kind = min(sizes, key=lambda kind: sizes[kind])
-    if sizes[kind] >= len(flips):
-        return Changes(start, flips.clone(), None, len(at))
-    values, stops = flips[at], sizes[kind] // (1 + kind.itemsize) - len(at)
+    if sizes[kind] >= length:
+        return None
+    stops = sizes[kind] // (1 + kind.itemsize) - len(at)
     if stops:  # in between, each as far as can be from the place before
         ends = torch.cumsum(more[kind] + 1, 0) - 1
         steps = at.new_full((len(at) + stops,), FAR[kind])
         steps[ends] = gaps - more[kind] * FAR[kind]
-        gaps, values = steps, flips.new_zeros(len(steps)).index_put((ends,), values)
+        gaps, values = steps, values.new_zeros(len(steps)).index_put((ends,), values)
     return Changes(start, values, gaps.to(kind), len(at))
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError, UserError
+from .live_changes import Layout
 from .live_checks import Checks
 from .live_compare import Comparison
 from .live_copies import Loads
@@ -133,11 +134,11 @@ class LiveModel:
         self.drifted = self.checks.drifted()
         self._missing, self._left = set(), {}
 
-    def change(self, changes: Iterable[tuple[str, Tensor, Tensor]]) -> set[str]:
+    def change(self, layout: Layout, changes: Iterable[tuple[Tensor, Tensor]]) -> set[str]:
         """Take changes; once in an update.
 
         Args:
-            changes: see `live_patch.Patcher.change`.
+            layout, changes: see `live_patch.Patcher.change`.
 
         Returns:
             Names of tensors that must come whole before the update can end.
@@ -147,7 +148,7 @@ class LiveModel:
             raise UserError("changes need an engine that has remembered a complete update")
         self.whole = False
         with self._or_abandoned():
-            needed = self.patcher.change(changes) | self.checks.needed(self.drifted)
+            needed = self.patcher.change(layout, changes) | self.checks.needed(self.drifted)
         return self._expect(recipe, missing, needed)
 
     def expect_whole(self, names: Iterable[str]) -> None:

@@ -6,21 +6,26 @@ parameters are kept as they were loaded, changed there, and processed again (`li
 code would look at another number now, such as a scale factor shared by a layer, that layer has to be sent whole, as has
 every layer for which one of this is not known. The device is asked for these numbers once, when all layers are done.
 Weights that kernels read as they are loaded are changed in place.
+
+On a GPU one launch changes the bytes of all tensors that have a route (`live_routes`); the others are changed one by
+one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .live_changes import Layout
 from .live_maps import CodeMap, NoMapError, found, proved
 from .live_quick import Part, Quick
 from .live_recipe import Group, Recipe
 from .live_regions import moved
+from .live_routes import Routes, Target
 
 Spots = tuple[Tensor, Tensor]
 """Bytes of a parameter, int64 ``[n]``, and their flips, uint8 ``[n]``."""
@@ -28,10 +33,16 @@ Spots = tuple[Tensor, Tensor]
 
 @dataclass
 class _Work:
-    """What is to be done to a group of layers: by key of the parameter."""
+    """What is to be done to a group of layers.
+
+    Args:
+        spots: by key of the parameter.
+        processed: whether other parameters than packed ones have been changed already, and must be processed.
+    """
 
     group: Group
     spots: dict[str, list[Spots]] = field(default_factory=dict)
+    processed: bool = False
 
 
 class Patcher:
@@ -42,10 +53,17 @@ class Patcher:
         recipe: of the tensors that changes are of.
         quick: how layers are processed.
         device: of the weights.
+        kernel: whether the kernel changes bytes also on a CPU, where Triton interprets it; for tests.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, quick: Quick, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, quick: Quick, device: torch.device, kernel: bool = False
+    ) -> None:
         self._model, self._recipe, self._quick, self._device = model, recipe, quick, device
+        self._kernel = kernel or device.type == "cuda"
+        self._routes: tuple[Layout, list[int], Routes] | None = None
+        """Of a layout, and the addresses of what they lead to."""
+        self._group_of = {key: group for group in recipe.groups for key in group.parameters}
         self._kept: dict[str, dict[str, Tensor]] = {}
         """By layer: its parameters as loaded, but for packed ones."""
         self._maps: dict[tuple[str, str], CodeMap | None] = {}
@@ -55,7 +73,8 @@ class Patcher:
     def nbytes(self) -> int:
         """Bytes of GPU memory that are held for later changes."""
         maps = {id(m): m.nbytes for m in self._maps.values() if m is not None}
-        return sum(maps.values()) + sum(t.nbytes for kept in self._kept.values() for t in kept.values())
+        routes = 0 if self._routes is None else self._routes[2].nbytes
+        return routes + sum(maps.values()) + sum(t.nbytes for kept in self._kept.values() for t in kept.values())
 
     @property
     def kept(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -68,45 +87,109 @@ class Patcher:
             needed = self._quick.parts(layer)[""].tape.shapes
             self._kept[layer] = {n: p.detach() for n, p in parameters.items() if n in needed}
 
-    def change(self, changes: Iterable[tuple[str, Tensor, Tensor]]) -> set[str]:
+    def change(self, layout: Layout, changes: Iterable[Spots]) -> set[str]:
         """Change a model's weights.
 
         Args:
-            changes: names of tensors, bytes of them (int64 ``[n]``, each once), and old byte xor new byte (uint8
-                ``[n]``); a tensor may come several times, with other bytes.
+            layout: of all tensors.
+            changes: bytes of it (int64 ``[n]``, ascending), each once in all, and old byte xor new byte (uint8
+                ``[n]``).
 
         Returns:
             Names of all tensors of layers that must be sent whole; what these hold until then is worth nothing.
         """
         works: dict[int, _Work] = {}
         whole: set[str] = set()
-        for name, at, flips in changes:
-            groups = self._recipe.groups_of[name]
-            load = self._recipe.loads[name]
-            try:
-                if load.calls:
-                    raise ValueError("a loader wants to see all of it")
-                entry = self._recipe.incoming[name]
-                nbytes = math.prod(entry.shape) * entry.dtype.itemsize
-                spots = [(copy.key, *moved(copy, at, nbytes)) for copy in load.copies]
-            except ValueError:
-                whole.update(*(group.awaited for group in groups))
-                continue
-            for key, taken, to in spots:
-                if len(to):
-                    group = next(g for g in groups if key in g.parameters)
-                    work = works.setdefault(id(group), _Work(group))
-                    work.spots.setdefault(key, []).append((to, flips[taken]))
+        routes = self._routed(layout) if self._kernel else None
+
+        def work(key: str) -> _Work:
+            group = self._group_of[key]
+            return works.setdefault(id(group), _Work(group))
+
+        for at, flips in changes:
+            if routes is not None:
+                routes.flip(at, flips)
+            for name, chosen, start in layout.split(at):
+                if routes is not None and name in routes.keys:
+                    for key, codes in routes.keys[name]:
+                        work(key).processed |= not codes
+                    continue
+                spots = self._spots(name, at[chosen] - start)
+                if spots is None:
+                    whole.update(*(group.awaited for group in self._recipe.groups_of[name]))
+                    continue
+                for key, taken, to in spots:
+                    if len(to):
+                        work(key).spots.setdefault(key, []).append((to, flips[chosen][taken]))
         asked: list[tuple[_Work, Tensor]] = []
-        for work in works.values():
-            if not work.group.awaited & whole and not self._done(work, asked):
-                whole |= work.group.awaited
+        for each in works.values():
+            if not each.group.awaited & whole and not self._done(each, asked):
+                whole |= each.group.awaited
         if asked:
-            for (work, _), same in zip(asked, torch.stack([same for _, same in asked]).tolist(), strict=True):
+            for (each, _), same in zip(asked, torch.stack([same for _, same in asked]).tolist(), strict=True):
                 if not same:
-                    self._kept.pop(work.group.layers[0], None)
-                    whole |= work.group.awaited
+                    self._kept.pop(each.group.layers[0], None)
+                    whole |= each.group.awaited
         return whole
+
+    def _spots(self, name: str, at: Tensor) -> list[tuple[str, Tensor | slice, Tensor]] | None:
+        """Where loading a tensor puts single bytes: the parameter, which of them, and which bytes there.
+
+        Returns:
+            None: it cannot be told.
+        """
+        load, entry = self._recipe.loads[name], self._recipe.incoming[name]
+        nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+        try:
+            return None if load.calls else [(copy.key, *moved(copy, at, nbytes)) for copy in load.copies]
+        except ValueError:
+            return None
+
+    def _routed(self, layout: Layout) -> Routes:
+        """The routes, made anew only where something is elsewhere now."""
+        addresses = list(self._addresses())
+        if self._routes is None or self._routes[1] != addresses or self._routes[0].index != layout.index:
+            loads = {name: self._recipe.loads[name] for name in layout.index}
+            self._routes = layout, addresses, Routes(layout, loads, self._target, self._device)
+        return self._routes[2]
+
+    def _addresses(self) -> Iterator[int]:
+        """Of everything that a route may lead to, zeros between layers."""
+        for group in self._recipe.groups:
+            yield 0
+            if group.plain:
+                for key in group.parameters:
+                    layer, name = self._recipe.layer(key)
+                    live = layer._parameters[name]
+                    yield -1 if live is None else live.data_ptr()
+            elif len(group.layers) == 1:
+                for t in self._kept.get(group.layers[0], {}).values():
+                    yield t.data_ptr()
+                for part in self._quick.parts(group.layers[0]).values():
+                    for t in part.live:
+                        yield t.data_ptr()
+
+    def _target(self, key: str) -> Target | None:
+        """Where the bytes of a parameter are, if each can be changed for itself."""
+        group = self._group_of[key]
+        if group.plain:
+            layer, name = self._recipe.layer(key)
+            live = layer._parameters[name]
+            return None if live is None else Target([live.data])
+        if len(group.layers) != 1:
+            return None
+        (layer_name,) = group.layers
+        parts, kept = self._quick.parts(layer_name), self._kept.get(layer_name)
+        if not parts or kept is None:
+            return None
+        names = [name for name, own in self._recipe.own(layer_name).items() if own == key]
+        if len(names) != 1:
+            return None
+        (name,) = names
+        if name in parts:
+            code_map = self._map(layer_name, name, parts[name])
+            return None if code_map is None else Target([t.data for t in parts[name].live], code_map)
+        return Target([kept[name]] if name in kept else [])
 
     def _done(self, work: _Work, asked: list[tuple[_Work, Tensor]]) -> bool:
         """Change a group of layers.
@@ -142,7 +225,7 @@ class Patcher:
             self._kept.pop(layer_name, None)
             return False
         with torch.no_grad():
-            if others:
+            if others or work.processed:
                 for name, (at, flips) in others.items():
                     if name in kept:  # else no kernel reads what it becomes
                         _memory(kept[name])[at] ^= flips

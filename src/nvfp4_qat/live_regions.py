@@ -265,6 +265,18 @@ def moved(copy: Copy, at: Tensor, nbytes: int | None = None) -> tuple[Tensor | s
     return taken, (to + rest)[taken]
 
 
+def run_of(copy: Copy) -> tuple[int, int, int] | None:
+    """A copy of bytes that follow each other on both sides: the first in the source, in the destination, how many.
+
+    Returns:
+        None: they do not, or the copy converts them.
+    """
+    item, count = copy.source.dtype.itemsize, copy.source.numel
+    if copy.source.dtype != copy.destination.dtype or _joined_dims(copy) not in ([], [(count, 1, 1)]):
+        return None
+    return copy.source.start, copy.destination.start, count * item
+
+
 def _joined_dims(copy: Copy) -> list[tuple[int, int, int]]:
     """Sizes, source and destination strides, the largest source stride first; what runs on in both is one."""
     dims = zip(copy.source.size, copy.source.stride, copy.destination.stride, strict=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 from .errors import MismatchError, UserError
 from .live_async import refuse_own_loop
 from .live_buckets import Sender
-from .live_changes import Changes, Snapshot, to_pieces
+from .live_changes import Changes, to_pieces
 from .live_client import Client
 from .live_engines import InFlight
+from .live_snapshot import Snapshot
 
 STATE = "An engine that lacks it stays paused and its requests wait; the next complete sync makes it whole."
 

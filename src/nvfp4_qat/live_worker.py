@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .live_broadcast import Group
-from .live_changes import PIECE_NAME, Layout, from_pieces
+from .live_changes import PIECE_NAME, Layout, from_pieces, places
 from .live_compare import Comparison
 from .live_in_flight import Notes
 from .live_memory import Shared, device_name, open_shared
@@ -115,7 +115,7 @@ class State:
         if self.changing is None:
             raise UserError("no changes were announced")
         layout, pieces, self._pieces = self.changing, from_pieces(self._pieces, self.live.device), {}
-        return self.live.change(layout.taken_apart(pieces))
+        return self.live.change(layout, places(pieces))
 
     def opened(self, buffers: Sequence[tuple[str, Shared]]) -> Tensor:
         """The buffer on this worker's device, mapped once."""

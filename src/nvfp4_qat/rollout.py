@@ -23,7 +23,7 @@ from .errors import UserError
 from .live_async import AsyncEngine, in_thread, is_async
 from .live_broadcast import Broadcast, Group, joined
 from .live_buckets import Direct, Sender, SharedMemory
-from .live_changes import Layout, Snapshot
+from .live_changes import Layout
 from .live_client import EXTENSION as EXTENSION
 from .live_client import Client
 from .live_engines import Engine, LocalEngine
@@ -32,6 +32,7 @@ from .live_manifest import manifest, to_wire
 from .live_memory import device_name, machine, process
 from .live_options import RolloutOptions
 from .live_recipe import Incoming
+from .live_snapshot import Snapshot
 from .live_tokens import UNKNOWN, response
 from .live_update import Update, each, raise_all
 from .live_verify import altered, different

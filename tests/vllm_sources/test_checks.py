@@ -10,8 +10,9 @@ from engine import Engine
 from families import Checkpoint, some
 from test_patch import CPU, differences, moved
 
-from nvfp4_qat.live_changes import Layout, Snapshot
+from nvfp4_qat.live_changes import Layout
 from nvfp4_qat.live_model import LiveModel
+from nvfp4_qat.live_snapshot import Snapshot
 
 KINDS = ("weight", "weight_packed", "weight_scale", "bias", "w13_weight", "w2_weight", "W_UV", "W_UK_T")
 
@@ -26,7 +27,7 @@ def changed(live: LiveModel, snapshot: Snapshot, checkpoint: Checkpoint) -> list
     """Bring only what changed; the layers that had drifted before."""
     live.begin_changes([entry for entry, _ in checkpoint])
     drifted = live.drifted
-    needed = live.change(differences(snapshot, checkpoint))
+    needed = live.change(snapshot.layout, differences(snapshot, checkpoint))
     live.load((name, snapshot.view(name)) for name in sorted(needed))
     live.commit()
     return drifted

@@ -9,7 +9,8 @@ from engine import Engine
 from families import Checkpoint, some
 from torch import Tensor
 
-from nvfp4_qat.live_changes import Layout, Snapshot
+from nvfp4_qat.live_changes import Layout, places
+from nvfp4_qat.live_snapshot import Snapshot
 
 CPU = torch.device("cpu")
 
@@ -29,12 +30,8 @@ def moved(checkpoint: Checkpoint, fraction: float, seed: int) -> Checkpoint:
     return new
 
 
-def differences(snapshot: Snapshot, checkpoint: Checkpoint) -> list[tuple[str, Tensor, Tensor]]:
-    found = []
-    for piece in snapshot.changes((entry.name, t) for entry, t in checkpoint):
-        at, flips = piece.places()
-        found += [(name, at[chosen] - start, flips[chosen]) for name, chosen, start in snapshot.layout.split(at)]
-    return found
+def differences(snapshot: Snapshot, checkpoint: Checkpoint) -> list[tuple[Tensor, Tensor]]:
+    return list(places(list(snapshot.changes((entry.name, t) for entry, t in checkpoint))))
 
 
 def patched(engine: Engine) -> list[str]:
@@ -52,7 +49,7 @@ def patched(engine: Engine) -> list[str]:
     for seed, fraction in enumerate((0.001, 0.02)):
         checkpoint = moved(checkpoint, fraction, seed)
         live.begin_changes([entry for entry, _ in checkpoint])
-        needed = live.change(differences(snapshot, checkpoint))
+        needed = live.change(snapshot.layout, differences(snapshot, checkpoint))
         live.load((name, snapshot.view(name)) for name in sorted(needed))
         live.commit()
         whole += sorted(needed)
