@@ -18,7 +18,8 @@ first sync, which finds out where everything goes, and the second, which proves 
 the median; they are reported beside it.
 
 With ``--changes`` the model is then trained by AdamW on random tokens, and only what changed is sent; a row of its own
-says how much and how long, again with and without the packing. Masters in fp32 (``--masters fp32``) keep updates that are too small for bf16.
+says how much and how long, again with and without the packing. Masters in fp32 (``--masters fp32``) keep updates that
+are too small for bf16.
 """
 
 from __future__ import annotations
