@@ -112,7 +112,7 @@ def changes(target: int) -> dict[str, str]:
         "table_ptr": "*i64", "counts_ptr": "*i32", "ends_ptr": "*i64", "at_ptr": "*i64", "flips_ptr": "*u8",
         "count": "i32", "rows": "i32", "addresses_ptr": "*i64",
     }  # fmt: skip
-    tiles = {t: {"TYPE": t, "WORDS": live_snapshot.TILE} for t in (tl.int64, tl.uint8)}
+    tiles = {t: {"TYPE": t, "WORDS": live_snapshot.TILE, "SEARCH": live_snapshot.SEARCH} for t in (tl.int64, tl.uint8)}
     counts = {f"count {t}": ptx(live_changes_kernel.count_kernel, types, tile, target) for t, tile in tiles.items()}
     takes = {f"take {t}": ptx(live_changes_kernel.take_kernel, types, tile, target) for t, tile in tiles.items()}
     sizes = {"SEARCH": 11, "PLACES": live_routes.PLACES}

@@ -31,7 +31,7 @@ FAR = {torch.uint8: 0xFF, torch.int16: 0xFFFF}
 
 
 class Layout:
-    """Where the tensors of a sync lie, one after the other.
+    """Where the tensors of a sync lie, one after the other; quickest if a stream has them in this order too.
 
     Args:
         incoming: the tensors, in an order that both sides know.

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The Triton kernels of live changes: bytes that differ are found, and flipped where an engine has them.
 
-`count_kernel` and `take_kernel` compare new tensors with the memory of old ones (`live_snapshot`). A row of their
-table, five int64, is a *tile*: the addresses of its first word in both, how many words it has, the place of its first
-byte, and its number in the order of places. Counted first, the places of all tiles fill one list without gaps.
+`count_kernel` and `take_kernel` compare new tensors with the memory of old ones (`live_snapshot`), a *tile* of words in
+a program. A row of their table, six int64, is a tensor: the first of its programs, the addresses of its first word in
+both, how many words it has, the place of its first byte, and its first tile's number in the order of places. Counted
+first, the places of all tiles fill one list without gaps.
 
 `flip_kernel` changes bytes by a table that says where each range of bytes goes (`live_routes`). Neighbours may change
 at once, in other programs, so that it flips bits of aligned 32-bit words atomically: in any order the result is the
@@ -13,7 +14,7 @@ same.
 import triton
 import triton.language as tl
 
-TILE_ROW = tl.constexpr(5)
+TENSOR_ROW = tl.constexpr(6)
 ROUTE_ROW = tl.constexpr(10)
 BYTES = tl.constexpr(1)
 CODES = tl.constexpr(2)
@@ -23,12 +24,27 @@ LOW_BITS = tl.constexpr(0x01010101_01010101)
 
 
 @triton.jit
-def _words(row_ptr, TYPE: tl.constexpr, WORDS: tl.constexpr):
+def _tile(table_ptr, rows, WORDS: tl.constexpr, SEARCH: tl.constexpr):
+    """A program's row, its first word in that tensor, and the number of its tile."""
+    program = tl.program_id(0).to(tl.int64)
+    low, high = 0, rows
+    for _ in tl.static_range(SEARCH):
+        middle = (low + high) // 2
+        after = tl.load(table_ptr + middle * TENSOR_ROW) <= program
+        low = tl.where(after, middle, low)
+        high = tl.where(after, high, middle)
+    row_ptr = table_ptr + low * TENSOR_ROW
+    tile = program - tl.load(row_ptr)
+    return row_ptr, tile * WORDS, tl.load(row_ptr + 5) + tile
+
+
+@triton.jit
+def _words(row_ptr, first, TYPE: tl.constexpr, WORDS: tl.constexpr):
     """A tile's old and new words as int64, where the old ones are, and which of ``WORDS`` there are."""
-    at = tl.arange(0, WORDS)
-    there = at < tl.load(row_ptr + 2)
-    new_ptr = tl.load(row_ptr).to(tl.pointer_type(TYPE)) + at
-    old_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(TYPE)) + at
+    at = first + tl.arange(0, WORDS)
+    there = at < tl.load(row_ptr + 3)
+    new_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(TYPE)) + at
+    old_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(TYPE)) + at
     new = tl.load(new_ptr, mask=there, other=0).to(tl.int64)
     old = tl.load(old_ptr, mask=there, other=0).to(tl.int64)
     return old, new, old_ptr, there
@@ -46,27 +62,32 @@ def _bytes_not_zero(words, TYPE: tl.constexpr):
 
 
 @triton.jit
-def count_kernel(table_ptr, counts_ptr, TYPE: tl.constexpr, WORDS: tl.constexpr):
-    """How many bytes of each tile differ; a word is of ``TYPE``, int64 or uint8."""
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * TILE_ROW
-    old, new, _, _ = _words(row_ptr, TYPE, WORDS)
-    tl.store(counts_ptr + tl.load(row_ptr + 4), tl.sum(_bytes_not_zero(old ^ new, TYPE), axis=0))
+def count_kernel(table_ptr, rows, counts_ptr, TYPE: tl.constexpr, WORDS: tl.constexpr, SEARCH: tl.constexpr):
+    """How many bytes of each tile differ.
+
+    ``TYPE``: a word, int64 or uint8. ``SEARCH``: steps that find one of the rows.
+    """
+    row_ptr, first, number = _tile(table_ptr, rows, WORDS, SEARCH)
+    old, new, _, _ = _words(row_ptr, first, TYPE, WORDS)
+    tl.store(counts_ptr + number, tl.sum(_bytes_not_zero(old ^ new, TYPE), axis=0))
 
 
 @triton.jit
-def take_kernel(table_ptr, counts_ptr, ends_ptr, at_ptr, flips_ptr, TYPE: tl.constexpr, WORDS: tl.constexpr):
+def take_kernel(
+    table_ptr, rows, counts_ptr, ends_ptr, at_ptr, flips_ptr,
+    TYPE: tl.constexpr, WORDS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
     """Places and flips of the bytes of each tile that differ, ascending; the old bytes become the new ones.
 
     ``ends_ptr``: how many bytes differ in a tile and all before it.
     """
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * TILE_ROW
-    old, new, old_ptr, there = _words(row_ptr, TYPE, WORDS)
+    row_ptr, first, number = _tile(table_ptr, rows, WORDS, SEARCH)
+    old, new, old_ptr, there = _words(row_ptr, first, TYPE, WORDS)
     flips = old ^ new
-    number = tl.load(row_ptr + 4)
     found = _bytes_not_zero(flips, TYPE)
     to = tl.load(ends_ptr + number) - tl.load(counts_ptr + number) + tl.cumsum(found, axis=0) - found
     width: tl.constexpr = 1 if TYPE == tl.uint8 else 8
-    place = tl.load(row_ptr + 3) + tl.arange(0, WORDS).to(tl.int64) * width
+    place = tl.load(row_ptr + 4) + (first + tl.arange(0, WORDS)) * width
     for i in tl.static_range(width):
         flip = (flips >> (8 * i)) & 255
         changes = flip != 0

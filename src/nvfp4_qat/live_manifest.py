@@ -34,34 +34,47 @@ DTYPES = {dtype_name(d): d for d in (
 """Dtypes by their names on the wire."""
 
 
-def manifest(model: nn.Module, plan: QuantPlan) -> list[Incoming]:
+Known = dict[str, tuple[tuple[int, ...], torch.dtype, list["Incoming"]]]
+"""By the name of a model's tensor: its shape, its stored dtype, and the entries that were made of these."""
+
+
+def manifest(model: nn.Module, plan: QuantPlan, known: Known | None = None) -> list[Incoming]:
     """The tensors that ``packed_weights(model, layout="fused")`` gives.
 
     Args:
         model: the model the plan was made for, wrapped, sharded or not.
         plan: its plan.
+        known: of the last manifest for this plan; its entries are used again, and new ones added.
 
     Returns:
-        An entry for each, in no order that matters.
+        An entry for each, in the order of the stream as far as it is known.
     """
-    found: list[Incoming] = []
-    for name, entry in model_tensors(model, plan, meta=True, sharded=True).items():
-        slices = plan.checkpoint_slices[name]
-        (own,) = output_slices(plan, name, "fused")
-        shape = tuple(entry.tensor.shape)
-        if name not in plan:
-            found.append(Incoming(own.name, shape, entry.stored_dtype, tuple(_parts(slices, rows=True))))
-            continue
-        *leading, k = shape
-        forms = (
-            ((*leading, k // 2), torch.uint8),
-            ((*leading, k // BLOCK), torch.float8_e4m3fn),
-            ((shape[0] if plan[name].batch_dims else 1,), torch.float32),
-        )
-        for which, (form, dtype) in enumerate(forms):
-            named = [CheckpointSlice(packed_names(s.name)[which], s.index, s.rows) for s in slices]
-            found.append(Incoming(packed_names(own.name)[which], form, dtype, tuple(_parts(named, rows=which < 2))))
-    return found
+    known = {} if known is None else known
+    found: dict[bool, list[Incoming]] = {False: [], True: []}
+    for name, tensor in model_tensors(model, plan, meta=True, sharded=True).items():
+        form = tuple(tensor.tensor.shape), tensor.stored_dtype
+        if name not in known or known[name][:2] != form:
+            known[name] = *form, list(_entries(plan, name, *form))
+        found[name in plan] += known[name][2]
+    return found[False] + found[True]
+
+
+def _entries(plan: QuantPlan, name: str, shape: tuple[int, ...], stored: torch.dtype) -> Iterator[Incoming]:
+    """What is sent of one of a model's tensors."""
+    slices = plan.checkpoint_slices[name]
+    (own,) = output_slices(plan, name, "fused")
+    if name not in plan:
+        yield Incoming(own.name, shape, stored, tuple(_parts(slices, rows=True)))
+        return
+    *leading, k = shape
+    forms = (
+        ((*leading, k // 2), torch.uint8),
+        ((*leading, k // BLOCK), torch.float8_e4m3fn),
+        ((shape[0] if plan[name].batch_dims else 1,), torch.float32),
+    )
+    for which, (form, dtype) in enumerate(forms):
+        named = [CheckpointSlice(packed_names(s.name)[which], s.index, s.rows) for s in slices]
+        yield Incoming(packed_names(own.name)[which], form, dtype, tuple(_parts(named, rows=which < 2)))
 
 
 def _parts(slices: Sequence[CheckpointSlice], rows: bool) -> Iterator[Part]:

@@ -8,9 +8,7 @@ bytes. A piece with more than `FEW` changes, and any on a CPU, is compared by Py
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +29,9 @@ WORD = 8
 
 TILE = 1024
 """Words that a program compares."""
+
+SEARCH = 13
+"""Steps in which a program finds its tensor, of fewer than two to the power of that many in a piece."""
 
 
 class Snapshot:
@@ -104,14 +105,15 @@ class Snapshot:
     def _pieces(self, start: int, tensor: Tensor) -> Iterator[Changes]:
         """Add a tensor to the piece that goes on, or begin new ones."""
         new = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        done = 0
-        while done < len(new):
+        done, size = 0, new.numel()
+        while done < size:
             at = start + done
-            if not self._first <= at < self._first + PIECE or at < self._end:
+            full = len(self._waiting) + 1 == 1 << SEARCH
+            if not self._first <= at < self._first + PIECE or at < self._end or full:
                 yield from self._finished()
                 self._first = self._end = at
-            count = min(len(new) - done, self._first + PIECE - at)
-            self._waiting.append((at, new[done : done + count]))
+            count = min(size - done, self._first + PIECE - at)
+            self._waiting.append((at, new if count == size else new[done : done + count]))
             self._end, done = at + count, done + count
 
     def _finished(self) -> Iterator[Changes]:
@@ -141,8 +143,9 @@ class Snapshot:
         counts = torch.empty(tiles, dtype=torch.int32, device=device)
         kinds = {torch.int64: tl.int64, torch.uint8: tl.uint8}
         with on_device(counts):
-            for dtype, table in tables.items():
-                kernels.count_kernel[(len(table),)](table, counts, TYPE=kinds[dtype], WORDS=TILE)
+            for dtype, (grid, table) in tables.items():
+                sizes = {"TYPE": kinds[dtype], "WORDS": TILE, "SEARCH": SEARCH}
+                kernels.count_kernel[(grid,)](table, len(table), counts, **sizes)
             ends = counts.cumsum(0)
             total = int(ends[-1])
             if total > FEW:
@@ -150,26 +153,30 @@ class Snapshot:
             at = torch.empty(total, dtype=torch.int64, device=device)
             flips = torch.empty(total, dtype=torch.uint8, device=device)
             if total:
-                for dtype, table in tables.items():
-                    kernels.take_kernel[(len(table),)](table, counts, ends, at, flips, TYPE=kinds[dtype], WORDS=TILE)
+                for dtype, (grid, table) in tables.items():
+                    sizes = {"TYPE": kinds[dtype], "WORDS": TILE, "SEARCH": SEARCH}
+                    kernels.take_kernel[(grid,)](table, len(table), counts, ends, at, flips, **sizes)
         return at, flips
 
-    def _tables(self, waiting: list[tuple[int, Tensor]], first: int) -> tuple[dict[torch.dtype, Tensor], int]:
-        """The tables of the tiles of a piece, by the dtype of their words, and how many tiles there are."""
+    def _tables(
+        self, waiting: list[tuple[int, Tensor]], first: int
+    ) -> tuple[dict[torch.dtype, tuple[int, Tensor]], int]:
+        """What the kernels are to compare, by the dtype of words: tiles and table; and how many tiles there are."""
         memory, tiles = self.memory.data_ptr(), 0
-        rows: dict[torch.dtype, list[Any]] = {torch.int64: [], torch.uint8: []}
+        rows: dict[torch.dtype, list[tuple[int, ...]]] = {torch.int64: [], torch.uint8: []}
+        grids = dict.fromkeys(rows, 0)
         for start, new in waiting:
-            words = not (len(new) % WORD or new.data_ptr() % WORD or (memory + start) % WORD)
-            kind, width = (torch.int64, WORD) if words else (torch.uint8, 1)
-            at = np.arange(0, len(new) // width, TILE, dtype=np.int64)
-            of_tile = (
-                new.data_ptr() + at * width, memory + start + at * width, np.minimum(len(new) // width - at, TILE),
-                start - first + at * width, tiles + np.arange(len(at)),
-            )  # fmt: skip
-            rows[kind].append(np.stack(of_tile, 1))
-            tiles += len(at)
-        tables = {kind: np.concatenate(several) for kind, several in rows.items() if several}
-        return {kind: torch.from_numpy(table).to(self.memory.device) for kind, table in tables.items()}, tiles
+            address, count, kind = new.data_ptr(), new.numel(), torch.int64
+            if (address | memory + start | count) % WORD:
+                kind = torch.uint8
+            else:
+                count //= WORD
+            rows[kind].append((grids[kind], address, memory + start, count, start - first, tiles))
+            grids[kind] += -(-count // TILE)
+            tiles += -(-count // TILE)
+        device = self.memory.device
+        tables = {kind: torch.tensor(several).to(device) for kind, several in rows.items() if several}
+        return {kind: (grids[kind], table) for kind, table in tables.items()}, tiles
 
     def _many(self, waiting: list[tuple[int, Tensor]], first: int, length: int) -> Iterator[Changes]:
         """What changes in a piece; the new bytes are kept."""

@@ -18,9 +18,10 @@ from .live_broadcast import Group
 from .live_changes import PIECE_NAME, Layout, from_pieces, places
 from .live_compare import Comparison
 from .live_in_flight import Notes
+from .live_manifest import from_wire
 from .live_memory import Shared, device_name, open_shared
 from .live_model import LiveModel
-from .live_recipe import EngineCode
+from .live_recipe import EngineCode, Incoming
 
 
 class WorkerCode(EngineCode, Protocol):
@@ -52,6 +53,7 @@ class State:
         """Of the tensors whose changes come."""
         self.comparison: Comparison | None = None
         """Instead of an update."""
+        self._announced: tuple[list[Any], list[Incoming]] = [], []
         self._pieces: dict[str, Tensor] = {}
         self.group: Group | None = None
         self.group_name: str | None = None
@@ -93,6 +95,12 @@ class State:
             raise UserError("no update goes on: it was not begun, was given up after an error, or the engine is new")
         if self.update != update:
             raise UserError("this update was given up when another one began; two trainers may send to one engine")
+
+    def announced(self, wire: Sequence[Sequence[Any]]) -> list[Incoming]:
+        """The manifest that was sent; the same objects as last time, if it is the same."""
+        if list(wire) != self._announced[0]:
+            self._announced = list(wire), from_wire(wire)
+        return self._announced[1]
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         """Take tensors; when this returns, their memory may be used again by anybody."""

@@ -28,7 +28,7 @@ from .live_client import EXTENSION as EXTENSION
 from .live_client import Client
 from .live_engines import Engine, LocalEngine
 from .live_http import HttpEngine
-from .live_manifest import manifest, to_wire
+from .live_manifest import Known, manifest, to_wire
 from .live_memory import device_name, machine, process
 from .live_options import RolloutOptions
 from .live_recipe import Incoming
@@ -78,6 +78,8 @@ class Rollout:
     def __init__(self, engines: Sequence[Engine], plan: QuantPlan, options: RolloutOptions) -> None:
         self.plan, self._options = plan, options
         self._snapshot: Snapshot | None = None
+        self._known: Known = {}
+        self._announced: tuple[list[Incoming], list[list[Any]]] = [], []
         self._clients: list[Client] = []
         found = each(engines, lambda engine: Client(engine, plan, options.in_flight, options.address))
         raise_all([error for error in found if isinstance(error, Exception)])
@@ -150,7 +152,7 @@ class Rollout:
         """
         problems, clients = altered(self._clients)
         if model is not None:
-            wire, sender = to_wire(manifest(model, self.plan)), functools.partial(self._sender, _device(model))
+            (_, wire), sender = self._announcement(model), functools.partial(self._sender, _device(model))
             stream = packed_weights(model, layout="fused") if weights is None else weights
             problems += different(clients, wire, sender, stream)
         raise_all(problems)
@@ -173,8 +175,7 @@ class Rollout:
             UserError: an engine cannot be reached; the model cannot be packed.
         """
         start = time.perf_counter()
-        entries = manifest(model, self.plan)
-        wire = to_wire(entries)
+        entries, wire = self._announcement(model)
         raise_all([e for e in each(self._clients, Client.refresh) if isinstance(e, Exception)])
         for client in self._clients:  # what cannot work is said before any engine is paused
             self._way(_device(model), client)
@@ -244,6 +245,13 @@ class Rollout:
         if not 0 <= engine < len(self._clients):
             raise UserError(f"there is no engine {engine}: {len(self._clients)} were connected")
         return self._clients[engine].tokens.of(request, count, choice, times, ended)
+
+    def _announcement(self, model: nn.Module) -> tuple[list[Incoming], list[list[Any]]]:
+        """The manifest, and what is sent of it."""
+        entries = manifest(model, self.plan, self._known)
+        if entries != self._announced[0]:
+            self._announced = entries, to_wire(entries)
+        return self._announced
 
     def _kept(self, entries: Sequence[Incoming], model: nn.Module) -> Snapshot | None:
         """The packed weights of the last sync, where changes are wanted; on ranks with engines."""

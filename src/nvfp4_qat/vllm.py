@@ -29,7 +29,6 @@ from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
 from .live_changes import Layout
 from .live_engines import release
-from .live_manifest import from_wire
 from .live_memory import Shared, device_name, machine, process
 from .live_worker import State, WorkerCode
 
@@ -129,7 +128,7 @@ class LiveWeights:
             )
         state.forget()
         state.watch()
-        entries = from_wire(incoming)
+        entries = state.announced(incoming)
         drifted: list[str] = []
         if base is None:
             state.live.begin(entries, remember)
@@ -264,7 +263,7 @@ class LiveWeights:
             raise UserError("an update goes on: weights are compared when it has ended")
         if state.version != version:
             raise UserError(f"version {version} is to be compared, and this worker has {state.version}")
-        state.comparison = state.live.comparison(from_wire(incoming))
+        state.comparison = state.live.comparison(state.announced(incoming))
         state.update = update
         return state.status()
 
