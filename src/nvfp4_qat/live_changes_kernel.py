@@ -61,7 +61,7 @@ def _bytes_not_zero(words, TYPE: tl.constexpr):
     return ((x * LOW_BITS) >> 56).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def count_kernel(table_ptr, rows, counts_ptr, TYPE: tl.constexpr, WORDS: tl.constexpr, SEARCH: tl.constexpr):
     """How many bytes of each tile differ.
 
@@ -72,7 +72,7 @@ def count_kernel(table_ptr, rows, counts_ptr, TYPE: tl.constexpr, WORDS: tl.cons
     tl.store(counts_ptr + number, tl.sum(_bytes_not_zero(old ^ new, TYPE), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def take_kernel(
     table_ptr, rows, counts_ptr, ends_ptr, at_ptr, flips_ptr,
     TYPE: tl.constexpr, WORDS: tl.constexpr, SEARCH: tl.constexpr,
@@ -97,7 +97,7 @@ def take_kernel(
     tl.store(old_ptr, new.to(TYPE), mask=there & (flips != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows"])
 def flip_kernel(at_ptr, flips_ptr, count, table_ptr, rows, addresses_ptr, SEARCH: tl.constexpr, PLACES: tl.constexpr):
     """Flip bits of bytes, ``count`` of them, where a table of ``rows`` routes says they are.
 
