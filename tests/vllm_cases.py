@@ -204,14 +204,22 @@ def exact(kind: str, rounds: int = 20, **options: Any) -> dict[str, Any]:
         return found
 
 
-def apart(kind: str, rounds: int = 6, transport: Any = "auto", **options: Any) -> dict[str, Any]:
-    """After several updates an engine in processes of its own has the tensors of one that loads the checkpoint."""
+def apart(
+    kind: str, rounds: int = 6, transport: Any = "auto", device: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """After several updates an engine in processes of its own has the tensors of one that loads the checkpoint.
+
+    Args:
+        device: the only GPU that the engine sees.
+    """
     from vllm import SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
         first, last = Path(folder, "first"), Path(folder, "last")
         model, plan = trainer(kind)
         nq.save_checkpoint(model, first)
+        if device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
         llm = engine(first, **options)
         rollout = Rollout.connect(llm, plan, transport=transport)
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 for j in range(16)]} for i in range(16)]
@@ -228,7 +236,7 @@ def apart(kind: str, rounds: int = 6, transport: Any = "auto", **options: Any) -
             after = tokens()
         now = llm.collective_rpc("checked_digests")
         nq.save_checkpoint(model, last)
-        want = engine(last, **options).collective_rpc("checked_digests")
+        want = engine(last, enforce_eager=True, **options).collective_rpc("checked_digests")
         different = [
             f"{rank} {n}" for rank, (a, b) in enumerate(zip(now, want, strict=True)) for n in a if a[n] != b.get(n)
         ]
@@ -247,7 +255,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "exact-moe": lambda: exact("moe"),
     "shared-dense": lambda: apart("dense"),
     "shared-moe": lambda: apart("moe"),
-    "broadcast-dense": lambda: apart("dense", transport="broadcast"),
+    "broadcast-dense": lambda: apart("dense", transport="broadcast", device=1),
     "tp2-dense": lambda: apart("dense", tensor_parallel_size=2),
     "tp2-moe": lambda: apart("moe", tensor_parallel_size=2),
     "ep2-moe": lambda: apart("moe", tensor_parallel_size=2, enable_expert_parallel=True),
