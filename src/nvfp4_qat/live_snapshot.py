@@ -104,7 +104,7 @@ class Snapshot:
 
     def _pieces(self, start: int, tensor: Tensor) -> Iterator[Changes]:
         """Add a tensor to the piece that goes on, or begin new ones."""
-        new = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        new = tensor.detach().to(self.memory.device).contiguous().view(-1).view(torch.uint8)
         done, size = 0, new.numel()
         while done < size:
             at = start + done

@@ -166,7 +166,8 @@ class Rollout:
             model: the one the plan was made for.
             weights: what to send, where that is not what a model after `apply_qat` trains with: as
                 ``QATQuantizer(plan.config, plan, layout="fused").quantize(...)`` gives it, or, for an engine that holds
-                no 4-bit weights (`QuantPlan.unquantized`), the model's own tensors by name. None: the packed weights.
+                no 4-bit weights (`QuantPlan.unquantized`), the model's own tensors by name. Their memory stays as it is
+                until this returns. None: the packed weights.
 
         Raises:
             MismatchError: an engine refused the weights, and nothing was changed; or the update of some engines broke
