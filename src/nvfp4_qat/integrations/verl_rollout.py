@@ -1,0 +1,65 @@
+"""verl's vLLM server: the engine is started for 4-bit weights, with our worker extension.
+
+The quantization configuration comes from the plan of the model that is trained, made here from the model's own
+configuration, without weights: both sides then quantize the same layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..plan import QuantPlan
+from .verl_config import config_of
+
+WORKER = "nvfp4_qat.integrations.verl_worker.QATColocateWorkerExtension"
+
+
+def enabled(server: Any) -> bool:
+    """Whether a server's configuration asks for QAT."""
+    block = getattr(server.config, "qat", None) or {}
+    return bool(block.get("enable", False))
+
+
+def quantization(server: Any) -> tuple[str, dict[str, Any]]:
+    """What vLLM is started with: its name for the method, and overrides of the model's configuration."""
+    config, _ = config_of(server.config.qat)
+    return "compressed-tensors", {
+        "quantization_config": plan_of(server.model_config.hf_config, config).quantization_config()
+    }
+
+
+def plan_of(hf_config: Any, config: Any) -> QuantPlan:
+    """The plan of a model without its weights.
+
+    Raises:
+        UserError: transformers has no such model, or nothing of it is to be quantized.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    except ValueError as error:
+        raise UserError(f"the rollout's model cannot be planned: {error}") from error
+    return QuantPlan.from_model(model, config)
+
+
+def install(module: ModuleType) -> None:
+    """Replace what the server does about QAT (``verl.workers.rollout.vllm_rollout.vllm_async_server``)."""
+    server_class = module.vLLMHttpServer
+    server_class._apply_quantization = _or_ours(server_class._apply_quantization, quantization)
+    server_class._get_worker_extension_cls = _or_ours(server_class._get_worker_extension_cls, lambda server: WORKER)
+
+
+def _or_ours(original: Callable[[Any], Any], ours: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(original)
+    def chosen(server: Any) -> Any:
+        return ours(server) if enabled(server) else original(server)
+
+    return chosen

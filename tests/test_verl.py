@@ -1,0 +1,273 @@
+"""The verl plugin against verl's own code: configurations, what its FSDP engine trains and sends, how engines start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+verl = pytest.importorskip("verl", reason="verl is not installed")
+
+from verl_on_a_cpu import engine, one_process, use_a_cpu  # noqa: E402
+
+import nvfp4_qat as nq  # noqa: E402
+from nvfp4_qat.errors import UserError  # noqa: E402
+from nvfp4_qat.integrations import verl as plugin  # noqa: E402
+from nvfp4_qat.integrations import verl_rollout  # noqa: E402
+from nvfp4_qat.integrations.import_hooks import when_imported  # noqa: E402
+from nvfp4_qat.integrations.verl_stream import NAME, read  # noqa: E402
+from nvfp4_qat.live_manifest import from_wire, manifest  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]  # verl's
+ACTOR, FSDP = "actor_rollout_ref.actor.qat", "actor_rollout_ref.actor.fsdp_config.qat"
+
+
+def config(*overrides: str) -> Any:
+    """verl's own schema and defaults, with overrides as on its command line."""
+    from hydra import compose, initialize_config_dir
+
+    folder = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
+    always = [
+        "actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1", "actor_rollout_ref.actor.strategy=fsdp2",
+    ]  # fmt: skip
+    with initialize_config_dir(config_dir=folder, version_base=None):
+        return compose("ppo_trainer", overrides=[*always, *overrides])
+
+
+def validated(*overrides: str) -> Any:
+    from verl.utils.config import validate_config
+
+    found = config(*overrides)
+    validate_config(found, use_reference_policy=False, use_critic=False)
+    return found
+
+
+def test_verl_has_loaded_the_plugin_by_itself() -> None:
+    assert plugin.active() is None
+    done = subprocess.run([sys.executable, "-m", "nvfp4_qat.integrations.verl"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"is active (nvfp4-qat {plugin._version('nvfp4-qat')}, verl" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "nvfp4_qat.integrations.verl"], capture_output=True, text=True,
+        env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "is not active: verl did not import it" in done.stderr
+
+
+@pytest.mark.parametrize("place", [ACTOR, FSDP])
+def test_either_place_turns_qat_on_for_trainer_and_rollout(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = validated(f"{place}.enable=True", f"{place}.ignore_patterns=[lm_head,re:.*self_attn.*]").actor_rollout_ref
+    for block in (found.actor.qat, found.actor.fsdp_config.qat, found.rollout.qat):
+        assert block.enable and list(block.ignore_patterns) == ["lm_head", "re:.*self_attn.*"]
+    assert "nvfp4-qat: QAT is on, w4a16, all layers but lm_head, re:.*self_attn.*" in capsys.readouterr().out
+
+
+def test_both_places_may_say_the_same() -> None:
+    found = validated(f"{ACTOR}.enable=True", f"{FSDP}.enable=True", f"{FSDP}.ignore_patterns=[lm_head]")
+    assert list(found.actor_rollout_ref.actor.qat.ignore_patterns) == ["lm_head"]
+
+
+def test_without_qat_nothing_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    validated(f"{ACTOR}.ignore_patterns=[a]", f"{FSDP}.ignore_patterns=[b]", "actor_rollout_ref.rollout.name=sglang")
+    assert "nvfp4-qat" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [f"{ACTOR}.ignore_patterns=[a]", f"{FSDP}.ignore_patterns=[b]"],
+            r"ignore_patterns is \['a'\] and .* keep one",
+        ),
+        ([f"+{FSDP}.keep_gathered=True"], "have no key keep_gathered; known keys: enable, mode, group_size"),
+        ([f"{FSDP}.mode=w4a4"], "4-bit activations"),
+        ([f"{FSDP}.group_size=32"], "group_size must be 16"),
+        ([f"{FSDP}.quantization_config_path=/nowhere.json"], "cannot read /nowhere.json"),
+        (["actor_rollout_ref.rollout.name=sglang"], "rollout.name is sglang"),
+        (["actor_rollout_ref.rollout.load_format=auto"], "load_format is auto: leave it at dummy"),
+        (["actor_rollout_ref.rollout.quantization=fp8"], "rollout.quantization is fp8"),
+        (["actor_rollout_ref.model.lora.merge=True"], "adapters cannot be merged"),
+        (["actor_rollout_ref.actor.strategy=fsdp_turbo"], "actor.strategy is fsdp_turbo"),
+    ],
+)
+def test_what_cannot_run_stops_before_anything_starts(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validated(f"{ACTOR}.enable=True", *overrides)
+
+
+def test_workers_notice_that_the_driver_has_no_plugin() -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    with pytest.raises(Exception, match="the plugin of nvfp4-qat was not active where"):
+        omega_conf_to_dataclass(config(f"{ACTOR}.enable=True").actor_rollout_ref.actor)
+    assert omega_conf_to_dataclass(validated(f"{ACTOR}.enable=True").actor_rollout_ref.actor).engine.qat.enable
+
+
+MODELS = ("dense", "moe")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128,
+    }  # fmt: skip
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    found = {}
+    for name, made in (("dense", Qwen3Config(**sizes)), ("moe", Qwen3MoeConfig(**sizes, **experts))):
+        torch.manual_seed(0)
+        found[name] = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(found[name])
+    return found
+
+
+class Trained:
+    """verl's engine and the same model trained without verl, step by step."""
+
+    def __init__(self, folder: Path, strategy: str, **options: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.engine = engine(folder, strategy, {"enable": True, **options})
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.plan = nq.apply_qat(self.model, nq.QATConfig(enable=True))
+        self.batch = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(1))
+
+    def step(self) -> None:
+        self.engine.optimizer_zero_grad()
+        self.engine.module(input_ids=self.batch, labels=self.batch).loss.backward()
+        self.engine.optimizer_step()
+
+    def follow(self) -> None:
+        """Give the other model the engine's masters."""
+        masters = {
+            name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in self.engine.module.state_dict().items()
+        }
+        self.model.load_state_dict(masters)
+
+    def sent(self) -> dict[str, torch.Tensor]:
+        stream, peft = self.engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+        assert peft is None
+        return dict(stream)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_engine_trains_in_4_bits_and_sends_the_packed_weights(
+    model: str, strategy: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_a_cpu()
+    with one_process():
+        trained = Trained(folders[model], strategy)
+        mode = "fsdp2, gather mode" if strategy == "fsdp2" else "fsdp, module mode"
+        assert f"nvfp4-qat: training in 4 bits ({mode})" in capsys.readouterr().out
+        before = trained.sent()
+        for _ in range(2):
+            trained.step()
+        found = trained.sent()
+        trained.follow()
+        entries = from_wire(read(found.pop(NAME)))
+        assert sorted(e.name for e in entries) == sorted(e.name for e in manifest(trained.model, trained.plan))
+        want = dict(nq.packed_weights(trained.model, layout="fused"))
+        assert found.keys() == want.keys() and all(same(found[name], want[name]) for name in want)
+        codes = [name for name in want if name.endswith("weight_packed")]
+        assert codes and any(not same(before[name], found[name]) for name in codes)
+        metrics = trained.engine._nvfp4_training.metrics()
+        announcement = before[NAME].nbytes
+        assert metrics["qat/sync_bytes"] == sum(t.nbytes for t in want.values()) + announcement
+        assert 0.5 < metrics["qat/coverage"] < 1
+
+
+def test_a_forward_sees_4_bit_weights(folders: dict[str, Path]) -> None:
+    use_a_cpu()
+    with one_process():
+        trained = Trained(
+            folders["dense"],
+            "fsdp2",
+        )
+        got = trained.engine.module(input_ids=trained.batch).logits
+        want = trained.model.to(torch.bfloat16)(input_ids=trained.batch).logits
+        torch.testing.assert_close(got.float(), want.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_metrics_keep_their_names() -> None:
+    from verl.utils.py_functional import rename_dict
+
+    assert rename_dict({"loss": 1, "qat/coverage": 0.9}, "actor/") == {"actor/loss": 1, "qat/coverage": 0.9}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_server_quantizes_what_the_trainer_does(model: str, folders: dict[str, Path]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    server = types.SimpleNamespace(
+        config=types.SimpleNamespace(qat={"_target_": "x", "enable": True, "activation_observer": "static_minmax"}),
+        model_config=types.SimpleNamespace(hf_config=AutoConfig.from_pretrained(folders[model])),
+    )
+    assert verl_rollout.enabled(server)
+    method, overrides = verl_rollout.quantization(server)
+    plan = nq.QuantPlan.from_model(AutoModelForCausalLM.from_pretrained(folders[model]), nq.QATConfig(enable=True))
+    assert method == "compressed-tensors" and overrides["quantization_config"] == plan.quantization_config()
+
+
+def test_options_beside_the_quantization_config(tmp_path: Path, folders: dict[str, Path]) -> None:
+    import json
+
+    from nvfp4_qat.integrations.verl_config import config_of
+
+    path = tmp_path / "nvfp4.json"
+    document = nq.QATConfig(enable=True).to_compressed_tensors(["lm_head"])
+    block = {"enable": True, "quantization_config_path": str(path), "ignore_patterns": ["lm_head"]}
+    path.write_text(json.dumps({**document, "nvfp4_qat": {"gather": "module", "global_scale": "amax"}}))
+    qat, options = config_of(block)
+    assert (qat.global_scale, options.gather, options.keep_gathered) == ("amax", "module", False)
+    path.write_text(json.dumps({**document, "nvfp4_qat": {"gathers": "module"}}))
+    with pytest.raises(UserError, match="unknown keys gathers; known: gather, keep_gathered, global_scale"):
+        config_of(block)
+
+
+def test_actions_follow_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_to_hook.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[int] = []
+    when_imported("module_to_hook", lambda module: seen.append(module.value))
+    assert seen == []
+    import module_to_hook  # type: ignore[import-not-found]
+
+    assert seen == [1] and module_to_hook.__spec__.loader is module_to_hook.__loader__
+    when_imported("module_to_hook", lambda module: seen.append(2))
+    assert seen == [1, 2]
+
+
+FAILS = """
+import sys
+import nvfp4_qat.integrations as i
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "nvfp4_qat.integrations.verl_training":
+            raise ImportError("libcudart is missing")
+sys.meta_path.insert(0, Broken())
+import verl
+from verl.utils.qat.core import apply_qat
+try:
+    apply_qat(None, {"enable": True})
+except RuntimeError as error:
+    print("STOPPED", error)
+"""
+
+
+def test_a_plugin_that_could_not_be_activated_stops_whoever_uses_qat() -> None:
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
+    assert "could not be activated: ImportError: libcudart is missing" in done.stderr, done.stderr[-2000:]
+    assert "STOPPED nvfp4-qat: QAT is enabled, but the verl plugin is not active in this process" in done.stdout

@@ -1,0 +1,101 @@
+"""What verl needs to run its FSDP engine without a GPU: a platform in its registry, and an engine of a small model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+
+def use_a_cpu() -> None:
+    """Let verl take the CPU for its device; before it asks for one."""
+    from verl.plugin.platform.platform_base import PlatformBase
+    from verl.plugin.platform.platform_manager import set_platform
+
+    answers: dict[str, Any] = {
+        "device_name": property(lambda self: "cpu"),
+        "vendor_name": property(lambda self: "nvidia"),
+        "device_module": property(lambda self: _MODULE),
+        "current_device": lambda self: "cpu",
+        "is_available": lambda self: True,
+        "device_count": lambda self: 1,
+        "communication_backend_name": lambda self: "gloo",
+        "is_ipc_supported": lambda self: False,
+        "nvtx_range": lambda self, *a, **k: contextlib.nullcontext(),
+    }
+    rest = {name: (lambda self, *a, **k: None) for name in PlatformBase.__abstractmethods__ - answers.keys()}
+    set_platform(type("Cpu", (PlatformBase,), {**rest, **answers})())
+
+
+class _Module:
+    """What verl asks of ``torch.cuda``, of a CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name, lambda *a, **k: 0)
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 1, 1
+
+
+_MODULE: Any = _Module()
+
+
+class _Fsdp1(FullyShardedDataParallel):
+    """FSDP1, which can make ranks equal on GPUs only; there is one."""
+
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        options |= {"sync_module_states": False, "device_id": torch.device("cpu")}
+        super().__init__(module, *arguments, **options)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of one."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def engine(model: Path, strategy: str, qat: dict[str, Any], **options: Any) -> Any:
+    """verl's engine for a model in a folder, initialized.
+
+    Args:
+        model: saved by transformers.
+        strategy: "fsdp" or "fsdp2".
+        qat: of ``fsdp_config``.
+        options: of ``fsdp_config`` too.
+    """
+    from transformers import AutoConfig
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, QATEngineConfig
+    from verl.workers.engine.fsdp import transformer_impl
+
+    transformer_impl.FSDP = _Fsdp1
+    config = AutoConfig.from_pretrained(model)
+    config._attn_implementation = "sdpa"
+    model_config: Any = SimpleNamespace(
+        use_remove_padding=False, lora_rank=0, lora={}, hf_config=config, local_path=str(model),
+        trust_remote_code=False, model_type="language_model", use_liger=False, fused_kernel_options=None,
+        use_fused_kernels=False, enable_gradient_checkpointing=False, enable_activation_offload=False,
+        get_processor=lambda: None, tokenizer=None, mtp=None,
+    )  # fmt: skip
+    made = transformer_impl.FSDPEngineWithLMHead(
+        model_config,
+        FSDPEngineConfig(strategy=strategy, qat=QATEngineConfig(**qat), use_torch_compile=False, **options),
+        FSDPOptimizerConfig(lr=1e-2, total_training_steps=10, lr_warmup_steps=0),
+        CheckpointConfig(),
+    )
+    made.initialize()
+    return made
