@@ -50,7 +50,12 @@ def moved(old, fraction, seed=0):
 
 
 def applied(layout, memory, changes):
-    changes = sorted(changes, key=lambda piece: piece.start)
+    named = {}
+    for number, piece in enumerate(changes):
+        pieces = dict(to_pieces(piece, number))
+        assert not pieces.keys() & named.keys()
+        named |= pieces
+    changes = from_pieces(named, CPU)
     for piece in changes:
         at, flips = piece.places()
         assert (at.diff() > 0).all() and (flips != 0).all()
@@ -66,7 +71,7 @@ def bits(t):
 @pytest.mark.parametrize(
     ("piece", "few", "at_once", "tile"),
     [(1 << 27, 1 << 22, 1 << 23, 0), (1 << 14, 100, 500, 0), (1000, 9, 99, 0),
-     (1 << 27, 1 << 22, 1 << 23, 1024), (1 << 14, 100, 500, 64), (3000, 1 << 22, 500, 16)],
+     (1 << 27, 1 << 22, 1 << 23, 1024), (1 << 14, 100, 500, 64), (9000, 1 << 22, 500, 64)],
 )  # fmt: skip
 @pytest.mark.parametrize("fraction", [0.0, 1e-5, 1e-3, 0.05, 0.9])
 def test_old_weights_with_the_changes_are_the_new_ones(piece, few, at_once, fraction, tile, monkeypatch):
@@ -133,11 +138,36 @@ def test_large_tensors_on_a_gpu():
         old = new
 
 
-def test_the_order_of_a_stream_does_not_matter():
+@pytest.mark.parametrize("few", [1 << 23, 9])
+def test_the_order_of_a_stream_does_not_matter(few, monkeypatch):
+    monkeypatch.setattr(live_snapshot, "FEW", few)
+    monkeypatch.setattr(live_snapshot, "STEP", 1024)
     layout, new = Layout(ENTRIES), weights(3)
-    snapshot, memory = Snapshot(layout, CPU), torch.zeros(layout.nbytes, dtype=torch.uint8)
-    applied(layout, memory, snapshot.changes(reversed(new.items())))
-    assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
+    names = list(new)
+    for order in (names[::-1], names[1:] + names[:1], names[1::2] + names[::2]):
+        snapshot, memory = Snapshot(layout, CPU), torch.zeros(layout.nbytes, dtype=torch.uint8)
+        applied(layout, memory, snapshot.changes((name, new[name]) for name in order))
+        assert all(torch.equal(bits(layout.view(memory, name)), bits(t)) for name, t in new.items())
+
+
+def test_pieces_that_begin_at_the_same_byte():
+    sizes = {"a": 1024, "b": 512, "c": 512}
+    layout = Layout([Incoming(name, (n,), torch.uint8, (Part(name),)) for name, n in sizes.items()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_snapshot, "FEW", 9)
+        patch.setattr(live_snapshot, "STEP", 1024)
+        snapshot, memory = Snapshot(layout, CPU), torch.zeros(layout.nbytes, dtype=torch.uint8)
+        new = {name: torch.full((n,), 7, dtype=torch.uint8) for name, n in sizes.items()}
+        applied(layout, memory, snapshot.changes((name, new[name]) for name in "acb"))
+    assert (memory == 7).all()
+
+
+def test_a_large_tensor_is_not_held_for_its_last_bytes(monkeypatch):
+    monkeypatch.setattr(live_snapshot, "PIECE", 1000)
+    snapshot = Snapshot(Layout(ENTRIES), CPU)
+    snapshot.begin()
+    list(snapshot.take("embed.weight", weights(1)["embed.weight"]))
+    assert snapshot._waiting == []
 
 
 def test_pieces_within_what_another_spans():
@@ -160,7 +190,7 @@ def test_distances_of_any_length(times, far, more):
     flips = torch.zeros(gap + 12, dtype=torch.uint8)
     flips[[3, 3 + gap, 5 + gap]] = torch.tensor([1, 2, 255], dtype=torch.uint8)
     changes = compressed(1000, flips)
-    (passed,) = from_pieces(dict(to_pieces(changes)), torch.device("cpu"))
+    (passed,) = from_pieces(dict(to_pieces(changes, 0)), CPU)
     for at, values in (changes.places(), passed.places()):
         assert at.tolist() == [1003, 1003 + gap, 1005 + gap] and values.tolist() == [1, 2, 255]
 
@@ -184,11 +214,11 @@ def test_short_distances_take_a_byte_and_long_ones_two(distance, kind):
 )
 def test_another_stream_than_announced(change, message):
     snapshot, new = Snapshot(Layout(ENTRIES), CPU), weights(0)
-    snapshot.version = 3
+    snapshot.update = "of before"
     change(new)
     with pytest.raises(MismatchError, match=message):
         list(snapshot.changes(new.items()))
-    assert snapshot.version is None
+    assert snapshot.update is None
 
 
 def test_a_tensor_that_comes_twice():

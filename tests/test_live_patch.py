@@ -193,3 +193,22 @@ def test_what_is_sent_whole_brings_all_layers_that_it_writes_into():
     live.expect_whole(["layers.0.o_proj.weight_scale"])
     assert live._missing == first.awaited | second.awaited
     assert "layers.1.o_proj.weight_scale" in live._missing
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.o_proj.weight", "layers.0.o_proj.weight_scale"])
+def test_a_layer_that_was_given_another_parameter_is_sent_whole(name):
+    sync = Sync()
+    weights = moved(checkpoint(3), 0.05, 0)
+    sync.changed(weights)
+    layer, _, parameter = name.rpartition(".")
+    owner = sync.engine.model.get_submodule(layer)
+    owner._parameters[parameter] = torch.nn.Parameter(
+        owner._parameters[parameter].detach().clone(), requires_grad=False
+    )
+    sync.engine.graph = type(sync.engine.graph)(sync.engine.model)
+    whole = []
+    for seed in (1, 2):
+        weights = moved(weights, 0.05, seed)
+        whole.append(any(n.startswith(f"{layer}.") for n in sync.changed(weights)))
+    assert whole[0] == (layer != "norm")  # a plain parameter is changed where it is now

@@ -9,6 +9,7 @@ from standin_vllm import LLM, digests
 
 import nvfp4_qat as nq
 from nvfp4_qat.errors import MismatchError
+from nvfp4_qat.live_client import Client
 from nvfp4_qat.rollout import Rollout
 
 
@@ -116,3 +117,44 @@ def test_a_trainer_that_begins_anew_sends_everything_first():
             reports.append(engines.sync(model))
             assert_fresh(llm, model)
         assert reports[0].fraction_changed is None and reports[0].bytes > 10_000
+
+
+def test_changes_are_for_the_weights_of_an_update_not_for_a_number():
+    """Two trainers may give the same version to different weights: after a restart, or where an update broke off."""
+    (a, plan), (b, other) = trainer(1), trainer(2)
+    llm = LLM(packed(0))
+    first = Rollout.connect(llm, plan, changes=True)
+    first.sync(a)
+    llm.core = LLM(packed(0)).core  # started anew
+    second = Rollout.connect(llm, other, changes=True)
+    assert second.sync(b).version == 1
+    step(a, 5)
+    first.sync(a)
+    assert_fresh(llm, a)
+
+    commit = Client.commit
+    with pytest.MonkeyPatch.context() as patch:
+
+        def broken(*_):
+            raise RuntimeError("the network")
+
+        patch.setattr(Client, "commit", broken)
+        step(a, 6)
+        with pytest.raises(MismatchError, match="the network"):
+            first.sync(a)
+    assert Client.commit is commit
+    version = second.sync(b).version
+    step(a, 7)
+    assert first.sync(a).version == version + 1
+    assert_fresh(llm, a)
+
+
+def test_changes_may_come_in_another_order():
+    model, plan = trainer(1)
+    llm = LLM(packed(0))
+    engines = Rollout.connect(llm, plan, changes=True)
+    for seed in range(4):
+        step(model, seed)
+        weights = list(nq.packed_weights(model, layout="fused"))
+        engines.sync(model, weights[1:] + weights[:1])
+        assert_fresh(llm, model)

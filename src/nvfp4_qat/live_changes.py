@@ -182,11 +182,16 @@ PIECE_NAME = "changes:"
 """What the names of tensors begin with that hold `Changes` on their way."""
 
 
-def to_pieces(changes: Changes) -> Iterator[tuple[str, Tensor]]:
-    """`Changes` as named tensors."""
-    yield f"{PIECE_NAME}{changes.start}:flips", changes.flips
+def to_pieces(changes: Changes, number: int) -> Iterator[tuple[str, Tensor]]:
+    """`Changes` as named tensors.
+
+    Args:
+        number: of the piece in its update; several may have the same first byte.
+    """
+    name = f"{PIECE_NAME}{number}:{changes.start}"
+    yield f"{name}:flips", changes.flips
     if changes.gaps is not None:
-        yield f"{PIECE_NAME}{changes.start}:gaps", changes.gaps.view(torch.uint8)
+        yield f"{name}:gaps", changes.gaps.view(torch.uint8)
 
 
 def from_pieces(named: Mapping[str, Tensor], device: torch.device) -> list[Changes]:
@@ -195,7 +200,7 @@ def from_pieces(named: Mapping[str, Tensor], device: torch.device) -> list[Chang
     for name, flips in named.items():
         if name.endswith(":flips"):
             gaps = named.get(name.removesuffix("flips") + "gaps")
-            start = int(name.split(":")[1])
+            start = int(name.split(":")[2])
             if gaps is not None:
                 gaps = gaps.to(device)
                 gaps = gaps if len(gaps) == len(flips) else gaps.view(torch.int16)

@@ -146,16 +146,17 @@ class Client:
         return self._checked(method, self._way.call(method, *arguments))
 
     def begin(
-        self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: int | None = None
+        self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: str | None = None
     ) -> None:
         """Announce an update; the engine goes on answering with what it has."""
         answers = self.call("nvfp4_begin", update, version, wire, remember, base)
         self.drifted = sorted({layer for answer in answers for layer in answer["drifted"]})
 
-    def has(self, version: int | None) -> bool:
-        """Whether the engine has just this version, and remembers what changes since it need."""
-        same = version is not None and self.version == version and not self.doubtful
-        return same and all(w.get("remembers") for w in self.workers)
+    def has(self, update: str | None) -> bool:
+        """Whether the engine has just the weights of this update, and remembers what changes since it need."""
+        if update is None or self.version is None or self.doubtful:
+            return False
+        return all(w.get("completed") == update and w.get("remembers") for w in self.workers)
 
     def change(self, update: str) -> list[str]:
         """Have the changes made that were sent; names of tensors that must be sent whole."""

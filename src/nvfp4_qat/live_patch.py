@@ -163,11 +163,15 @@ class Patcher:
                     live = layer._parameters[name]
                     yield -1 if live is None else live.data_ptr()
             elif len(group.layers) == 1:
+                yield -2 if self._in_place(group.layers[0]) else -3
                 for t in self._kept.get(group.layers[0], {}).values():
                     yield t.data_ptr()
                 for part in self._quick.parts(group.layers[0]).values():
                     for t in part.live:
                         yield t.data_ptr()
+
+    def _in_place(self, layer: str) -> bool:
+        return self._quick.in_place(layer, self._recipe.module(layer))
 
     def _target(self, key: str) -> Target | None:
         """Where the bytes of a parameter are, if each can be changed for itself."""
@@ -180,7 +184,7 @@ class Patcher:
             return None
         (layer_name,) = group.layers
         parts, kept = self._quick.parts(layer_name), self._kept.get(layer_name)
-        if not parts or kept is None:
+        if not parts or kept is None or not self._in_place(layer_name):
             return None
         names = [name for name, own in self._recipe.own(layer_name).items() if own == key]
         if len(names) != 1:
@@ -217,6 +221,9 @@ class Patcher:
         names = {key: n for n, key in self._recipe.own(layer_name).items()}
         parts, kept = self._quick.parts(layer_name), self._kept.get(layer_name)
         if not parts or kept is None:
+            return False
+        if not self._in_place(layer_name):  # somebody gave the layer another parameter
+            self._kept.pop(layer_name)
             return False
         packed = {names[key]: spot for key, spot in spots.items() if names[key] in parts}
         others = {names[key]: spot for key, spot in spots.items() if names[key] not in parts}

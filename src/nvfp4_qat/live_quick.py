@@ -114,7 +114,7 @@ class Quick:
         way = self._ways.get(name)
         if way is None or not way.proved:
             return None
-        if not all(_same_place(_found(layer, path), live) for path, live in way.targets):
+        if not self.in_place(name, layer):
             del self._ways[name]
             return None
         new = (self.graphs.run if alone else from_tape)(way.tape, parameters)
@@ -124,6 +124,11 @@ class Quick:
         self.taken += 1
         changes = [Change(path, live, t) for (path, live), t in zip(way.targets, new.results, strict=True)]
         return Made(changes, new.same)
+
+    def in_place(self, name: str, layer: nn.Module) -> bool:
+        """Whether what a layer's quick way gives would still go to where the layer has it."""
+        way = self._ways.get(name)
+        return way is not None and all(_same_place(_found(layer, path), live) for path, live in way.targets)
 
     def missed(self, name: str) -> None:
         """A number was another one: the quick way that was taken did not lead anywhere."""

@@ -120,6 +120,8 @@ def merged(copies: Iterable[Copy]) -> list[Copy]:
     runs: list[list[Copy]] = []
     last: dict[Any, list[Copy]] = {}
     for copy in map(_squeezed, copies):
+        if not copy.source.numel:
+            continue
         d, s = copy.destination, copy.source
         kind = (copy.key, d.size, d.stride, s.stride, d.dtype, s.dtype)
         run = last.get(kind)

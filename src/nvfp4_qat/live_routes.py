@@ -35,11 +35,11 @@ class Target:
     tensors: Sequence[Tensor]
     codes: CodeMap | None = None
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the kernel can change it: codes are flipped in whole words."""
-        dense = all(t.is_contiguous() for t in self.tensors)
-        return dense and (self.codes is None or all(t.data_ptr() % 4 == 0 and t.nbytes % 4 == 0 for t in self.tensors))
+    def reachable(self, device: torch.device) -> bool:
+        """Whether a kernel on a device can change it: codes are flipped in whole words."""
+        if not all(t.is_contiguous() and t.device == device for t in self.tensors):
+            return False
+        return self.codes is None or all(t.data_ptr() % 4 == 0 and t.nbytes % 4 == 0 for t in self.tensors)
 
 
 class Routes:
@@ -65,7 +65,7 @@ class Routes:
             if load.calls or not all(runs) or _overlap([run for run in runs if run is not None]):
                 continue
             targets = [target(copy.key) for copy in load.copies]
-            if not all(t is not None and t.reachable for t in targets):
+            if not all(t is not None and t.reachable(device) for t in targets):
                 continue
             self.keys[name] = []
             first = layout.starts[layout.index[name]]

@@ -51,8 +51,8 @@ class Snapshot:
         self._waiting: list[tuple[int, Tensor]] = []
         """First bytes, and the new bytes from there, of the piece that goes on."""
         self._first = self._end = 0
-        self.version: int | None = None
-        """Of the weights that it holds; None: of none, or of several."""
+        self.update: str | None = None
+        """The name of the update whose weights it holds; None: of none, or of several."""
 
     def view(self, name: str) -> Tensor:
         """A tensor of the last sync; valid until the next one."""
@@ -81,7 +81,7 @@ class Snapshot:
 
     def begin(self) -> None:
         """A new stream comes: `take` each tensor of it, and `end` it."""
-        self.version = None
+        self.update = None
         self._first = self._end = 0
         self._waiting = []
         self._seen: set[str] = set()
@@ -109,12 +109,15 @@ class Snapshot:
         while done < size:
             at = start + done
             full = len(self._waiting) + 1 == 1 << SEARCH
-            if not self._first <= at < self._first + PIECE or at < self._end or full:
+            fits = self._first <= at < self._first + PIECE and at >= self._end and not full
+            if not self._waiting or not fits:
                 yield from self._finished()
                 self._first = self._end = at
             count = min(size - done, self._first + PIECE - at)
             self._waiting.append((at, new if count == size else new[done : done + count]))
             self._end, done = at + count, done + count
+        if size > PIECE:  # all of its memory would be held for its last bytes
+            yield from self._finished()
 
     def _finished(self) -> Iterator[Changes]:
         waiting, first, length = self._waiting, self._first, self._end - self._first

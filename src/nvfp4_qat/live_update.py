@@ -33,7 +33,7 @@ class Update:
         clients: the engines.
         version: of the weights.
         sender: makes what sends to an engine; called when the engine is paused.
-        snapshot: of the last sync; engines that have its version get only what changed. It takes the new weights.
+        snapshot: of the last sync; engines that have its weights get only what changed. It takes the new weights.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Update:
         snapshot: Snapshot | None = None,
     ) -> None:
         self.name, self.version = uuid.uuid4().hex, version
-        self.tensors = self.bytes = self.whole_bytes = self.changed = 0
+        self.tensors = self.bytes = self.whole_bytes = self.changed = self._pieces = 0
         self._snapshot = snapshot
-        base = None if snapshot is None else snapshot.version
+        base = None if snapshot is None else snapshot.update
         self._by_changes = {client: base for client in clients if client.has(base)}
         self._clients, self._sender = list(clients), sender
         self._failed: dict[Client, Exception] = {}
@@ -100,13 +100,14 @@ class Update:
             self._pass_on(self._snapshot.take(name, tensor))
             yield name, tensor
         self._pass_on(self._snapshot.end())
-        self._snapshot.version = self.version
+        self._snapshot.update = self.name
 
     def _pass_on(self, pieces: Iterable[Changes]) -> None:
         for piece in pieces:
             self.changed += piece.count
             self.bytes += piece.nbytes
-            for name, tensor in to_pieces(piece):
+            self._pieces += 1
+            for name, tensor in to_pieces(piece, self._pieces):
                 for client in self._left():
                     if client in self._by_changes:
                         self._try(client, self._senders[client].send, name, tensor)

@@ -43,6 +43,8 @@ class State:
         """Another one when the engine was started anew."""
         self.version: int | None = None
         """Of the last complete update; None: there was none since the engine started."""
+        self.completed: str | None = None
+        """The name of that update. No other has it, while trainers may give the same version to different weights."""
         self.notes = Notes()
         self.extra_bytes = 0
         """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
@@ -65,6 +67,7 @@ class State:
         return {
             "instance": self.instance,
             "version": self.version,
+            "completed": self.completed,
             "whole": self.live.whole,
             "updating": self.update is not None,
             "group": self.group_name,
@@ -114,6 +117,8 @@ class State:
     def _without_changes(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named:
             if name.startswith(PIECE_NAME):
+                if name in self._pieces:
+                    raise UserError(f"{name} has come before in this update")
                 self._pieces[name] = tensor.clone()
             else:
                 yield name, tensor

@@ -183,7 +183,7 @@ class Rollout:
         restarted = tuple(client.engine.name for client in self._clients if client.restarted)
         version = 1 + max((client.newest for client in self._clients), default=0)
         snapshot = self._kept(entries, model)
-        compared = snapshot is not None and snapshot.version is not None
+        compared = snapshot is not None and snapshot.update is not None
         update = Update(self._clients, version, functools.partial(self._sender, _device(model)), snapshot)
         update.begin(wire)
         with update:

@@ -35,7 +35,7 @@ from .live_worker import State, WorkerCode
 SUPPORTED = ((0, 15), (0, 33))
 """The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class LiveWeights:
         version: int,
         incoming: Sequence[Sequence[Any]],
         remember: bool = False,
-        base: int | None = None,
+        base: str | None = None,
     ) -> dict[str, Any]:
         """Start an update; one that was going on is given up. Nothing live is touched.
 
@@ -115,7 +115,8 @@ class LiveWeights:
             version: of the weights that will come; larger than the last one that was committed.
             incoming: the manifest (`live_manifest.to_wire`).
             remember: whether later updates may bring only what changed.
-            base: only changes since this version will come, which the worker must have; None: everything.
+            base: only changes since this update will come, which must be the last that the worker completed; None:
+                everything.
 
         Returns:
             Under "drifted" the layers that somebody altered since, which will be asked for whole.
@@ -132,8 +133,11 @@ class LiveWeights:
         drifted: list[str] = []
         if base is None:
             state.live.begin(entries, remember)
-        elif base != state.version:
-            raise UserError(f"changes since version {base} do not fit this worker, which has {state.version}")
+        elif base != state.completed:
+            raise UserError(
+                f"changes since update {base} do not fit this worker, whose version {state.version} is of the update "
+                f"{state.completed}"
+            )
         else:
             state.live.begin_changes(entries)
             state.changing, drifted = Layout(entries), state.live.drifted
@@ -223,7 +227,7 @@ class LiveWeights:
         state.live.commit()
         state.finished()
         state.notes.take(self, state.version, state.coming)
-        state.version = state.coming
+        state.version, state.completed = state.coming, state.update
         state.extra_bytes = state.watched()
         state.forget()
         return state.status()
