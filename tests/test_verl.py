@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -132,10 +133,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Trained:
     """verl's engine and the same model trained without verl, step by step."""
 
-    def __init__(self, folder: Path, strategy: str, **options: Any) -> None:
+    def __init__(self, folder: Path, strategy: str, **qat: Any) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.engine = engine(folder, strategy, {"enable": True, **options})
+        self.engine = engine(folder, strategy, {"enable": True, **qat})
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.plan = nq.apply_qat(self.model, nq.QATConfig(enable=True))
         self.batch = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -186,7 +187,45 @@ def test_the_engine_trains_in_4_bits_and_sends_the_packed_weights(
         metrics = trained.engine._nvfp4_training.metrics()
         announcement = before[NAME].nbytes
         assert metrics["qat/sync_bytes"] == sum(t.nbytes for t in want.values()) + announcement
-        assert 0.5 < metrics["qat/coverage"] < 1
+        assert 0.5 < metrics["qat/coverage"] < 1 and 0 < metrics["qat/flip_rate"] < 1
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_a_comparison_trains_in_bf16_and_samples_in_4_bits(
+    strategy: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "noqat.json"
+    document = nq.QATConfig(enable=True).to_compressed_tensors(list(nq.QATConfig().ignore_patterns))
+    path.write_text(json.dumps({**document, "nvfp4_qat": {"train": False}}))
+    use_a_cpu()
+    with one_process():
+        trained = Trained(folders["dense"], strategy, quantization_config_path=str(path))
+        trained.step()
+        modules = {type(m).__name__ for m in trained.engine.module.modules()}
+        assert "QATLinear" not in modules
+        got = trained.engine.module(input_ids=trained.batch).logits
+        found = trained.sent()
+        trained.follow()
+        want = dict(nq.packed_weights(trained.model, layout="fused"))
+        found.pop(NAME)
+        assert found.keys() == want.keys() and all(same(found[name], want[name]) for name in want)
+        rounded = trained.model.to(torch.bfloat16)(input_ids=trained.batch).logits
+        assert (got.float() - rounded.float()).abs().max() > 0.05  # the trainer does not see the rounding
+
+
+def test_moving_the_model_off_the_gpu_and_back_keeps_it_4_bit(folders: dict[str, Path]) -> None:
+    """As verl's ``param_offload`` does, here from the CPU to the CPU."""
+    use_a_cpu()
+    with one_process():
+        trained = Trained(folders["moe"], "fsdp2")
+        for _ in range(2):
+            trained.step()
+            for _ in range(2):
+                trained.engine.module._apply(lambda t: t.to("cpu", copy=True))
+        found = trained.sent()
+        trained.follow()
+        want = dict(nq.packed_weights(trained.model, layout="fused"))
+        assert all(same(found[name], want[name]) for name in want)
 
 
 def test_a_forward_sees_4_bit_weights(folders: dict[str, Path]) -> None:
@@ -221,9 +260,7 @@ def test_the_server_quantizes_what_the_trainer_does(model: str, folders: dict[st
     assert method == "compressed-tensors" and overrides["quantization_config"] == plan.quantization_config()
 
 
-def test_options_beside_the_quantization_config(tmp_path: Path, folders: dict[str, Path]) -> None:
-    import json
-
+def test_options_beside_the_quantization_config(tmp_path: Path) -> None:
     from nvfp4_qat.integrations.verl_config import config_of
 
     path = tmp_path / "nvfp4.json"
@@ -233,7 +270,7 @@ def test_options_beside_the_quantization_config(tmp_path: Path, folders: dict[st
     qat, options = config_of(block)
     assert (qat.global_scale, options.gather, options.keep_gathered) == ("amax", "module", False)
     path.write_text(json.dumps({**document, "nvfp4_qat": {"gathers": "module"}}))
-    with pytest.raises(UserError, match="unknown keys gathers; known: gather, keep_gathered, global_scale"):
+    with pytest.raises(UserError, match="unknown keys gathers; known: gather, keep_gathered, global_scale, train"):
         config_of(block)
 
 

@@ -39,17 +39,21 @@ class Options:
         gather: with FSDP2, "nvfp4" (FSDP2 gathers packed weights) or "module" (as FSDP1 and DDP have it).
         keep_gathered: in gather mode, gather packed weights once per optimizer step.
         global_scale: see `QATConfig`.
+        train: whether the trainer computes with the 4-bit weights that the rollout samples from; False trains in bf16
+            and rounds for the rollout only, as a comparison.
     """
 
     gather: str = "nvfp4"
     keep_gathered: bool = False
     global_scale: str = "pow2"
+    train: bool = True
 
     def __post_init__(self) -> None:
         if self.gather not in ("nvfp4", "module"):
             raise UserError(f'{SECTION}.gather must be "nvfp4" or "module", not {self.gather!r}')
-        if not isinstance(self.keep_gathered, bool):
-            raise UserError(f"{SECTION}.keep_gathered must be true or false, not {self.keep_gathered!r}")
+        for name in ("keep_gathered", "train"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{SECTION}.{name} must be true or false, not {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, path: str | None) -> Options:

@@ -1,8 +1,9 @@
 """verl's FSDP workers: the model is prepared before FSDP wraps it, and what the rollout gets is packed.
 
 With the strategy ``fsdp2`` FSDP gathers packed weights (gather mode), with ``fsdp`` modules quantize what FSDP has
-gathered (module mode). The engine's other work, such as offloading, clipping, checkpoints, stays verl's. Scales are not
-to be invalidated after a step: changed weights are noticed.
+gathered (module mode). For a comparison the model may be left as it is, and rounded for the rollout only. The engine's
+other work, such as offloading, clipping, checkpoints, stays verl's. Scales are not to be invalidated after a step:
+changed weights are noticed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from ..core import apply_qat
 from ..errors import UserError
 from ..live_manifest import manifest
 from ..live_recipe import Incoming
+from ..metrics import FlipTracker
 from ..plan import QuantPlan
 from ..quantizer import QATQuantizer, packed_weights
 from .verl_config import config_of
 from .verl_stream import announced
+
+SAMPLED = 1 << 26
+"""Bytes of packed codes that a rank remembers, the first of each weight, to count how many change."""
 
 
 class Training:
@@ -47,15 +52,20 @@ class Training:
         if engine.model_config.lora.get("merge", False):
             raise UserError("adapters cannot be merged into 4-bit weights: leave model.lora.merge at false")
         gather = "nvfp4" if self.strategy == "fsdp2" and options.gather == "nvfp4" else None
-        self.plan: QuantPlan = apply_qat(
-            module, config, gather=gather, keep_gathered=options.keep_gathered and gather is not None
-        )
+        keep, self._trains = options.keep_gathered and gather is not None, options.train
+        if self._trains:
+            self.plan: QuantPlan = apply_qat(module, config, gather=gather, keep_gathered=keep)
+        else:
+            self.plan = QuantPlan.from_model(module, config)
         self.entries: list[Incoming] = manifest(module, self.plan)
         self._sent = 0
         self._seconds = 0.0
+        self._flips = FlipTracker()
+        self._sample = SAMPLED // len(self.plan.quantized)
         if engine.rank == 0:
             mode = f"{self.strategy}, {'gather' if gather else 'module'} mode"
-            print(f"nvfp4-qat: training in 4 bits ({mode}): {coverage(self.plan)}", flush=True)
+            how = f"training in 4 bits ({mode})" if self._trains else "training in bf16, 4 bits for the rollout only"
+            print(f"nvfp4-qat: {how}: {coverage(self.plan)}", flush=True)
 
     def stream(self, module: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """The packed weights with their announcement; every rank has to take all of it.
@@ -66,11 +76,16 @@ class Training:
         """
         start, sent = time.perf_counter(), 0
         self._move(module, device)
+        sampled = []
         try:
-            packed = self._full(module, device) if self.strategy == "fsdp" else packed_weights(module, layout="fused")
+            full = self.strategy == "fsdp" or not self._trains
+            packed = self._full(module, device) if full else packed_weights(module, layout="fused")
             for name, tensor in announced(self.entries, packed, device):
                 sent += tensor.nbytes
+                if name.endswith("weight_packed"):
+                    sampled.append((name, tensor.view(-1)[: self._sample].clone()))
                 yield name, tensor
+            self._flips.count(sampled)
         finally:
             if self._engine._is_offload_param:
                 self._engine.to("cpu", model=True, optimizer=False, grad=False)
@@ -79,7 +94,9 @@ class Training:
     def metrics(self) -> dict[str, float]:
         """Of the last stream, under the names that verl logs."""
         quantized = sum(math.prod(entry.shape) for entry in self.plan.quantized)
-        return {
+        rate = self._flips.rate
+        flips = {} if rate is None else {"qat/flip_rate": rate.codes_changed / max(rate.codes, 1)}
+        return flips | {
             "qat/sync_bytes": float(self._sent),
             "qat/stream_seconds": self._seconds,
             "qat/coverage": quantized / max(self.plan.parameters, 1),
