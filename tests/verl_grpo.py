@@ -2,8 +2,8 @@
 
 ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense`` or ``moe``. A small Qwen3
 is first trained by supervised learning to add numbers, so that there is a reward between nothing and everything; then
-verl's GRPO goes on with it. OUT gets the model (used again if it is there), the data, verl's log and its metrics of every
-step; at the end one line of JSON that begins with RESULT. What stands behind OUT is for verl's command line.
+verl's GRPO goes on with it. OUT gets the model (used again if it is there), the data, verl's log and its metrics of
+every step; at the end one line of JSON that begins with RESULT. What stands behind OUT is for verl's command line.
 
 Options by environment: STEPS (15), STRATEGY (fsdp2), GPUS (1), TP (1).
 """

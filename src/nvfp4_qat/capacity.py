@@ -37,7 +37,7 @@ from .entries import QuantizedTensor
 from .errors import UserError
 from .format import BITS_PER_WEIGHT
 from .plan import QuantPlan
-from .plan_table import _packed_bytes
+from .plan_table import packed_bytes
 
 ARMS = ("bf16", "nvfp4", "kept")
 """How a trainer gathers weights."""
@@ -157,7 +157,7 @@ class Weight:
     @property
     def nbytes(self) -> float:
         """In a packed stream, a checkpoint or an engine: 4.5 bits a weight and the global scales, else bf16."""
-        return BF16 * self.elements if self.entry is None else _packed_bytes(self.entry)
+        return BF16 * self.elements if self.entry is None else packed_bytes(self.entry)
 
     def shard(self, ranks: int) -> int:
         """Elements of the longest shard: FSDP2 divides the first dimension, whatever is left goes to the first."""

@@ -32,7 +32,7 @@ from .capacity import (
 from .engine_memory import GIB, PRECISIONS, EngineSettings
 from .errors import UserError
 from .plan import QuantPlan
-from .plan_table import _align, _short
+from .plan_table import align, short
 
 TIGHT = 0.1
 """Share of a GPU: a trainer that leaves less is "tight". `capacity` is off by some percent and does not count all."""
@@ -150,7 +150,7 @@ class Capacity:
         four_bit = sum(w.elements for unit in shape.units for w in unit.weights if w.entry is not None)
         engines = setup.sampling // setup.tensor_parallel
         lines = [
-            f"{self.model}: {_short(shape.elements)} parameters in {len(shape.blocks)} blocks, "
+            f"{self.model}: {short(shape.elements)} parameters in {len(shape.blocks)} blocks, "
             f"{100 * four_bit / shape.elements:.1f} % in NVFP4",
             f"{setup.gpus} GPUs of {setup.gpu_memory:g} GiB in {setup.nodes} node{'s' * (setup.nodes > 1)}: "
             f"{setup.training} train, {setup.sampling} sample ({setup.mode}) in {engines} "
@@ -218,7 +218,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligned; all but the first column to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     widths[0] = max(widths[0], 44)
-    return _align([
+    return align([
         (row[0].ljust(widths[0]), *(c.rjust(max(w, 8)) for c, w in zip(row[1:], widths[1:], strict=True)))
         for row in rows
     ])  # fmt: skip

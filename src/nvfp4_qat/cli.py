@@ -247,10 +247,8 @@ def _without_weights(spec: str) -> Any:
     from .models import load_model
     from .shipped_configs import shipped
 
-    publisher, _, name = spec.rpartition("/")
-    known = name in shipped() and name.startswith({"Qwen": "Qwen", "meta-llama": "Llama"}.get(publisher, "/"))
     try:
-        return load_model(name if known and not Path(name).exists() else spec, meta=True).model
+        return load_model(spec, meta=True).model
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # not on the hub, or no network
             raise UserError(f"{error} Their architecture alone: {', '.join(shipped())}.") from error

@@ -22,15 +22,15 @@ def render(plan: QuantPlan) -> str:
     quantized = _rows(plan.quantized, lambda entry: template(entry.group), _sharing)
     skipped = _rows(plan.skipped, lambda entry: template(entry.reason), lambda entry: template(entry.reason))
     count = sum(math.prod(entry.shape) for entry in plan.quantized)
-    packed = sum(_packed_bytes(entry) for entry in plan.quantized)
+    packed = sum(packed_bytes(entry) for entry in plan.quantized)
     before, after = 2 * plan.parameters, 2 * (plan.parameters - count) + packed
     header = [("in NVFP4", "shape", "", "global scale")]
     between = [("", "", "", ""), ("in bf16", "shape", "", "because")]
-    table = _align([*header, *quantized, *(between if skipped else []), *skipped])
+    table = align([*header, *quantized, *(between if skipped else []), *skipped])
     summary = (
         f"{len(plan.quantized)} of {len(plan.quantized) + len(plan.skipped)} weights in NVFP4 "
         f"({plan.config.mode}, global scale {plan.config.global_scale}): {100 * count / plan.parameters:.1f} % of "
-        f"{_short(plan.parameters)} parameters; {_size(before)} in bf16 become {_size(after)}"
+        f"{short(plan.parameters)} parameters; {_size(before)} in bf16 become {_size(after)}"
     )
     return "\n".join([*table, "", summary])
 
@@ -54,17 +54,17 @@ def _sharing(entry: QuantizedTensor) -> str:
     return "" if entry.group == entry.module else f"shared in {split_leaf(entry.group)[1]}"
 
 
-def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _packed_bytes(entry: QuantizedTensor) -> int:
+def packed_bytes(entry: QuantizedTensor) -> int:
     """Codes, block scales and one float32 for each checkpoint tensor."""
     return int(math.prod(entry.shape) * BITS_PER_WEIGHT / 8) + 4 * len(entry.checkpoint)
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     return _scaled(number, 4, ("", " K", " M", " B", " T"))
 
 

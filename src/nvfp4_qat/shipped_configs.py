@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "model_configs"
+PUBLISHERS = {"Qwen": "Qwen", "meta-llama": "Llama"}
+"""What the names of their models begin with."""
 
 
 def shipped() -> list[str]:
@@ -26,7 +28,7 @@ def shipped_config(spec: str) -> Any | None:
         What ``transformers.AutoConfig.from_pretrained`` returns; None if it is not among `shipped`.
     """
     publisher, _, name = spec.rpartition("/")
-    if name not in shipped() or publisher not in ("", name.partition("3")[0]):
+    if name not in shipped() or (publisher and not name.startswith(PUBLISHERS.get(publisher, "/"))):
         return None
     from transformers import AutoConfig
 
