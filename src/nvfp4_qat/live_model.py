@@ -34,7 +34,7 @@ from .live_quick import Quick
 from .live_recipe import EngineCode, Group, Incoming, Recipe, some
 from .live_sleep import Kept
 from .live_trial import leaves_as_loaded
-from .live_twin import derived
+from .live_twin import Change, derived
 
 
 @dataclass
@@ -63,6 +63,8 @@ class LiveModel:
         self._deriving: list[str] = []
         self.patcher: Patcher | None = None
         """What changes of single bytes need; None: nothing is remembered for them."""
+        self._by_engine: set[str] = set()
+        """Layers that the engine's own code has processed, which may have written into what was loaded."""
         self._missing: set[str] | None = None
         self._left: dict[int, set[str]] = {}
         self._filled: dict[str, nn.Parameter] = {}
@@ -100,9 +102,7 @@ class LiveModel:
             for group in recipe.groups:
                 group.plain = group.plain or leaves_as_loaded(recipe, group, self.device)
             self._recipe = recipe
-            self._processing = Processing(
-                self.code, Quick(self.code, Graphs(self.device)), recipe, self.checks.processed
-            )
+            self._processing = Processing(self.code, Quick(self.code, Graphs(self.device)), recipe, self._processed)
             self.checks.start(recipe)
             self._deriving = [name for name, layer in self.model.named_modules() if self.code.derives(layer)]
             self.patcher = None
@@ -373,8 +373,15 @@ class LiveModel:
         filled = {key: self._filled.pop(key) for key in group.parameters}
         if group.plain:
             return
-        alone = len(group.layers) == 1
+        self._by_engine.difference_update(group.layers)
         self._processing.do(group, filled)
-        if alone and self.patcher is not None:
+        if self.patcher is not None and len(group.layers) == 1 and self._by_engine.isdisjoint(group.layers):
             (name,) = group.layers
             self.patcher.keep(name, {n: filled[key] for n, key in recipe.own(name).items()})
+
+    def _processed(self, name: str, changes: list[Change]) -> None:
+        """The engine's own code has processed a layer."""
+        self.checks.processed(name, changes)
+        self._by_engine.add(name)
+        if self.patcher is not None:
+            self.patcher.forget(name)

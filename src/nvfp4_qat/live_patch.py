@@ -87,6 +87,10 @@ class Patcher:
             needed = self._quick.parts(layer)[""].tape.shapes
             self._kept[layer] = {n: p.detach() for n, p in parameters.items() if n in needed}
 
+    def forget(self, layer: str) -> None:
+        """What a layer was loaded with may not be that any more: the next changes of it come whole."""
+        self._kept.pop(layer, None)
+
     def change(self, layout: Layout, changes: Iterable[Spots]) -> set[str]:
         """Change a model's weights.
 

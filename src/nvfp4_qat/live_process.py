@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ class Processing:
         """What it changes, by the engine's own code."""
         assert self._recipe is not None
         layer = self._recipe.module(name)
-        twin = Twin(layer, own, self._code)
+        given = {n: lent(p) for n, p in own.items()}
+        twin = Twin(layer, given, self._code)
 
         def process() -> list[Change]:
             twin.process()
@@ -123,9 +125,17 @@ class Processing:
             other.process()
             return other.changes()
 
-        changes = self.quick.watched(name, layer, twin, own, process, attempt, alone)
+        changes = self.quick.watched(name, layer, twin, given, own, process, attempt, alone)
         self._told(name, changes)
         return changes
+
+
+def lent(p: nn.Parameter) -> nn.Parameter:
+    """Another parameter with the same memory and attributes: the engine's code may give it other memory."""
+    made: Any = p.detach()
+    made.__class__, made.__dict__ = p.__class__, dict(p.__dict__)
+    found: nn.Parameter = made
+    return found
 
 
 def changes_of(name: str, twin: Twin) -> list[Change]:

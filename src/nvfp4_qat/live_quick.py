@@ -141,6 +141,7 @@ class Quick:
         layer: nn.Module,
         twin: Twin,
         parameters: Parameters,
+        loaded: Parameters,
         process: Callable[[], list[Change]],
         attempt: Attempt,
         alone: bool = True,
@@ -151,7 +152,8 @@ class Quick:
             name: of the layer.
             layer: the live one.
             twin: to be processed.
-            parameters: of the twin.
+            parameters: of the twin; processing may give them other memory.
+            loaded: the same, which keep their form.
             process: does so, and says what changes.
             attempt: does so with other parameters on another twin, for nothing but to see what would change.
             alone: whether no other layer has one of the parameters; else processing must not write into them, or the
@@ -166,7 +168,7 @@ class Quick:
         if before is None:
             return self._learned(name, layer, twin, parameters, process, alone)
         changes = process()
-        if _covers(way.targets, before, changes) and _with_others(way, parameters, attempt):
+        if _covers(way.targets, before, changes) and _with_others(way, loaded, attempt):
             way.proved = True
         else:
             self._give_up(name, "it gives other bits than the engine's code")
