@@ -60,7 +60,9 @@ def check(engine: Engine) -> None:
     assert different(live, engine.family.checkpoint(7))
 
     altered = set()
-    memory = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    memory: dict[int, str] = {}  # where several are in one, the first counts
+    for name, p in model.named_parameters():
+        memory.setdefault(p.untyped_storage().data_ptr(), name)
     for name, t in kernel_tensors(model).items():
         other_name = memory.get(t.untyped_storage().data_ptr(), name)  # of which it may be a view
         if name.rpartition(".")[2] in KINDS and t.numel() and name == other_name:
