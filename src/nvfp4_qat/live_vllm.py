@@ -56,6 +56,7 @@ class VllmCode:
 
     def process(self, layer: nn.Module) -> None:
         method: Any = layer.quant_method
+        method = getattr(method, "old_quant_method", method)  # LoRA puts one of its own in front of experts'
         with self._loading():
             method.process_weights_after_loading(layer)
 
