@@ -228,6 +228,33 @@ def test_moving_the_model_off_the_gpu_and_back_keeps_it_4_bit(folders: dict[str,
         assert all(same(found[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_the_base_of_lora_is_packed_and_stays_as_it_is(strategy: str, folders: dict[str, Path]) -> None:
+    use_a_cpu()
+    with one_process():
+        made = engine(folders["dense"], strategy, {"enable": True}, rank=4, use_orig_params=True)
+        ids = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(1))
+
+        def base() -> tuple[dict[str, torch.Tensor], Any]:
+            stream, peft = made.get_per_tensor_param(layered_summon=False, base_sync_done=False)
+            return dict(stream), peft
+
+        before, peft = base()
+        assert peft["r"] == 4 and not any("lora" in name or "base_layer" in name for name in before)
+        with torch.autocast("cpu", torch.bfloat16):  # as verl's forward_step
+            loss = made.module(input_ids=ids, labels=ids).loss
+        loss.backward()
+        made.optimizer_step()
+        after, _ = base()
+        assert before.keys() == after.keys() and all(same(before[name], after[name]) for name in before)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folders["dense"], dtype=torch.float32)
+        nq.apply_qat(model, nq.QATConfig(enable=True))
+        want = dict(nq.packed_weights(model, layout="fused"))
+        assert all(same(before[name], want[name]) for name in want)
+
+
 def test_a_forward_sees_4_bit_weights(folders: dict[str, Path]) -> None:
     use_a_cpu()
     with one_process():

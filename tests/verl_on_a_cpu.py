@@ -68,13 +68,14 @@ def one_process() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def engine(model: Path, strategy: str, qat: dict[str, Any], **options: Any) -> Any:
+def engine(model: Path, strategy: str, qat: dict[str, Any], rank: int = 0, **options: Any) -> Any:
     """verl's engine for a model in a folder, initialized.
 
     Args:
         model: saved by transformers.
         strategy: "fsdp" or "fsdp2".
         qat: of ``fsdp_config``.
+        rank: of LoRA; 0: there is none.
         options: of ``fsdp_config`` too.
     """
     from transformers import AutoConfig
@@ -86,7 +87,8 @@ def engine(model: Path, strategy: str, qat: dict[str, Any], **options: Any) -> A
     config = AutoConfig.from_pretrained(model)
     config._attn_implementation = "sdpa"
     model_config: Any = SimpleNamespace(
-        use_remove_padding=False, lora_rank=0, lora={}, hf_config=config, local_path=str(model),
+        use_remove_padding=False, lora_rank=rank, lora={}, lora_alpha=8, target_modules="all-linear",
+        target_parameters=None, exclude_modules=None, hf_config=config, local_path=str(model),
         trust_remote_code=False, model_type="language_model", use_liger=False, fused_kernel_options=None,
         use_fused_kernels=False, enable_gradient_checkpointing=False, enable_activation_offload=False,
         get_processor=lambda: None, tokenizer=None, mtp=None,

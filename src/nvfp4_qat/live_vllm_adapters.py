@@ -1,9 +1,9 @@
 """A model of vLLM without the wrappers that LoRA puts around its layers.
 
 Adapters are not part of an update: the base below them is, and its layers are processed and written as ever. With LoRA
-enabled vLLM replaces layers by wrappers that hold the layer as ``base_layer``. Loaders, names and forms are those of the
-model as its class makes it, so updates see a tree in which each wrapper has given its place to what it wraps. Layers are
-the same objects in both trees; containers are copies that share everything but the dict of their children.
+enabled vLLM replaces layers by wrappers that hold the layer as ``base_layer``. Loaders, names and forms are those of
+the model as its class makes it, so updates see a tree in which each wrapper has given its place to what it wraps.
+Layers are the same objects in both trees; containers are copies that share everything but the dict of their children.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def constructed(model: nn.Module, config: Any, device: torch.device) -> dict[nn.
     if unknown:
         raise UserError(
             f"the engine's {type(model).__name__} has layers that its configuration does not make: "
-            f"{', '.join(sorted(unknown)[:5])}; live updates need a model without adapters or replaced layers"
+            f"{', '.join(sorted(unknown)[:5])}; live updates need a model without replaced layers"
         )
     now = {id(layer): live[name] for name, layer in second.items() if name in live}
     return {
