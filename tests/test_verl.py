@@ -95,6 +95,16 @@ def test_without_qat_nothing_is_looked_at(capsys: pytest.CaptureFixture[str]) ->
         (["actor_rollout_ref.rollout.quantization=fp8"], "rollout.quantization is fp8"),
         (["actor_rollout_ref.model.lora.merge=True"], "adapters cannot be merged"),
         (["actor_rollout_ref.actor.strategy=fsdp_turbo"], "actor.strategy is fsdp_turbo"),
+        (
+            ["actor_rollout_ref.rollout.checkpoint_engine.backend=mooncake"],
+            "backend is mooncake, which sends all as bf16",
+        ),
+        (
+            ["actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "actor_rollout_ref.model.lora_rank=8"],
+            "leaves out adapters that are not merged",
+        ),
+        (["+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides={a:1}"], "vllm.hf_overrides is set: QAT sets it"),
+        (["actor_rollout_ref.model.mtp.enable_rollout=True"], "draft models get no 4-bit weights"),
     ],
 )
 def test_what_cannot_run_stops_before_anything_starts(overrides: list[str], message: str) -> None:
@@ -267,6 +277,63 @@ def test_a_forward_sees_4_bit_weights(folders: dict[str, Path]) -> None:
         torch.testing.assert_close(got.float(), want.float(), atol=2e-2, rtol=2e-2)
 
 
+def test_metrics_come_through_verls_worker(folders: dict[str, Path]) -> None:
+    """They are gathered over ranks and flattened there, each a list."""
+    from itertools import chain
+
+    from verl.utils.torch_functional import allgather_dict_into_dict
+
+    use_a_cpu()
+    with one_process():
+        made = engine(folders["dense"], "fsdp2", {"enable": True})
+        for _ in range(2):
+            dict(made.get_per_tensor_param()[0])
+            made._nvfp4_training.stepped = True
+        outputs: dict[str, Any] = {"metrics": {"actor/pg_loss": [0.5, 0.25]}}
+        made.forward_backward_batch = lambda *a, **k: outputs
+        made.optimizer_step = lambda: 1.0
+        found = made.train_batch({}, None)["metrics"]
+        assert found.pop("grad_norm") == 1.0
+        gathered = allgather_dict_into_dict(found, made.get_data_parallel_group())
+        flat = {name: list(chain.from_iterable(values)) for name, values in gathered.items()}
+        assert flat["qat/sync_bytes"][0] > 0 and flat["qat/flip_rate"] == [0.0] and flat["actor/pg_loss"] == [0.5, 0.25]
+
+
+def test_weights_that_are_sent_again_do_not_count_as_unchanged(folders: dict[str, Path]) -> None:
+    use_a_cpu()
+    with one_process():
+        trained = Trained(folders["dense"], "fsdp2")
+        trained.sent()
+        trained.step()
+        trained.sent()
+        rate = trained.engine._nvfp4_training.metrics()["qat/flip_rate"]
+        trained.sent()
+        assert trained.engine._nvfp4_training.metrics()["qat/flip_rate"] == rate > 0
+
+
+def test_shards_in_bf16_are_not_sent(folders: dict[str, Path]) -> None:
+    use_a_cpu()
+    with one_process():
+        made = engine(folders["dense"], "fsdp2", {"enable": True})
+        with pytest.raises(UserError, match="backend=naive, nccl or nixl"):
+            made.get_per_tensor_param_shard()
+
+
+def test_megatrons_quantization_is_left_to_verl(tmp_path: Path) -> None:
+    path = tmp_path / "modelopt.json"
+    path.write_text('{"quant_method": "modelopt"}')
+    block = {"enable": True, "quantization_config_path": str(path)}
+    assert not verl_rollout.enabled(types.SimpleNamespace(config=types.SimpleNamespace(qat=block)))
+
+
+def test_programs_that_do_not_validate_are_settled_too() -> None:
+    from verl.trainer import main_ppo
+
+    found = config(f"{ACTOR}.enable=True", "actor_rollout_ref.rollout.name=sglang")
+    with pytest.raises(UserError, match="rollout.name is sglang"):
+        main_ppo.run_ppo(found, task_runner_class=None)
+
+
 def test_metrics_keep_their_names() -> None:
     from verl.utils.py_functional import rename_dict
 
@@ -281,6 +348,7 @@ def test_the_server_quantizes_what_the_trainer_does(model: str, folders: dict[st
         config=types.SimpleNamespace(qat={"_target_": "x", "enable": True, "activation_observer": "static_minmax"}),
         model_config=types.SimpleNamespace(hf_config=AutoConfig.from_pretrained(folders[model])),
     )
+    server.model_config.hf_config._attn_implementation = "flash_attention_2"  # which is not installed here
     assert verl_rollout.enabled(server)
     method, overrides = verl_rollout.quantization(server)
     plan = nq.QuantPlan.from_model(AutoModelForCausalLM.from_pretrained(folders[model]), nq.QATConfig(enable=True))

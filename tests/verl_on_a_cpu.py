@@ -27,6 +27,7 @@ def use_a_cpu() -> None:
         "current_device": lambda self: "cpu",
         "is_available": lambda self: True,
         "device_count": lambda self: 1,
+        "get_device_capability": lambda self, *a: (0, 0),
         "communication_backend_name": lambda self: "gloo",
         "is_ipc_supported": lambda self: False,
         "nvtx_range": lambda self, *a, **k: contextlib.nullcontext(),

@@ -72,6 +72,7 @@ def _seams() -> dict[str, Callable[[ModuleType], None]]:
     return {
         "verl.utils.config": verl_config.install,
         "verl.utils.py_functional": verl_training.install_names,
+        "verl.trainer.main_ppo": verl_config.install_in_main,
         "verl.workers.config.actor": verl_config.install_in_workers,
         "verl.workers.engine.fsdp.transformer_impl": verl_training.install,
         "verl.workers.rollout.vllm_rollout.vllm_async_server": verl_rollout.install,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from types import ModuleType
@@ -28,6 +29,12 @@ DEFAULTS: dict[str, Any] = {
 """The keys that both of verl's blocks have, and their defaults there."""
 
 STRATEGIES = ("fsdp", "fsdp2")
+BACKENDS = ("naive", "nccl", "nixl")
+"""Of verl's checkpoint engines, those that carry tensors of any dtype as they are, in their order."""
+
+ENGINE = ("hf_overrides", "quantization", "load_format", "worker_extension_cls")
+"""Arguments of vLLM that are ours."""
+
 SECTION = "nvfp4_qat"
 
 
@@ -136,6 +143,8 @@ def settle(config: Any) -> QATConfig | None:
     if not any(block.get("enable") for block in said):
         return None
     found = merged(*said)
+    if found["quantization_config_path"] is not None:  # workers may start in another directory
+        found["quantization_config_path"] = os.path.abspath(found["quantization_config_path"])
     qat, _ = config_of(found)
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     wrong = []
@@ -150,6 +159,22 @@ def settle(config: Any) -> QATConfig | None:
             f"rollout.load_format is {rollout.load_format}: leave it at dummy, the engine gets its weights from the "
             "trainer before the first sample"
         )
+    backend = OmegaConf.select(rollout, "checkpoint_engine.backend") or "naive"
+    if backend not in BACKENDS:
+        wrong.append(
+            f"rollout.checkpoint_engine.backend is {backend}, which sends all as bf16: use {', '.join(BACKENDS)}"
+        )
+    adapters = (OmegaConf.select(model, "lora.rank") or 0) + (OmegaConf.select(model, "lora_rank") or 0)
+    if adapters and backend != "naive":
+        wrong.append(
+            f"rollout.checkpoint_engine.backend is {backend}, which leaves out adapters that are not merged: use naive"
+        )
+    given = OmegaConf.select(rollout, "engine_kwargs.vllm") or {}
+    wrong += [
+        f"rollout.engine_kwargs.vllm.{name} is set: QAT sets it" for name in ENGINE if given.get(name) is not None
+    ]
+    if OmegaConf.select(model, "mtp.enable_rollout"):
+        wrong.append("model.mtp.enable_rollout is true: draft models get no 4-bit weights; leave it at false")
     if OmegaConf.select(model, "lora.merge"):
         wrong.append("model.lora.merge is true: adapters cannot be merged into 4-bit weights; leave it at false")
     if wrong:
@@ -179,6 +204,18 @@ def install(module: ModuleType) -> None:
     module.validate_config = validated  # type: ignore[attr-defined]
 
 
+def install_in_main(module: ModuleType) -> None:
+    """Settle it also for programs that start a run without validating (``verl.trainer.main_ppo``)."""
+    run = module.run_ppo
+
+    @functools.wraps(run)
+    def settled(config: Any, *arguments: Any, **options: Any) -> Any:
+        settle(config)
+        return run(config, *arguments, **options)
+
+    module.run_ppo = settled  # type: ignore[attr-defined]
+
+
 def install_in_workers(module: ModuleType) -> None:
     """Notice in workers that nobody has settled the configuration (``verl.workers.config.actor``)."""
     made = module.FSDPActorConfig.__post_init__
@@ -190,7 +227,8 @@ def install_in_workers(module: ModuleType) -> None:
         if first.get("enable") and not second.get("enable"):
             raise UserError(
                 f"{PLACES[0]}.enable is true and {PLACES[1]}.enable is not: the plugin of nvfp4-qat was not active "
-                "where the run was started, so the rollout would not be in 4 bits. Install nvfp4-qat there"
+                "where the run was started, so the rollout would not be in 4 bits. Install nvfp4-qat there; a program "
+                "of your own that starts verl's trainer calls nvfp4_qat.integrations.verl_config.settle(config) first"
             )
         if second.get("enable"):
             merged(first, second)

@@ -6,13 +6,16 @@ configuration, without weights: both sides then quantize the same layers.
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..config import QATConfig
 from ..errors import UserError
 from ..plan import QuantPlan
 from .verl_config import config_of
@@ -21,30 +24,42 @@ WORKER = "nvfp4_qat.integrations.verl_worker.QATColocateWorkerExtension"
 
 
 def enabled(server: Any) -> bool:
-    """Whether a server's configuration asks for QAT."""
+    """Whether a server's configuration asks for QAT of ours; Megatron's, which comes by the same key, is ModelOpt's."""
     block = getattr(server.config, "qat", None) or {}
-    return bool(block.get("enable", False))
+    path = block.get("quantization_config_path", None)
+    return bool(block.get("enable", False)) and not (path and _method(path) == "modelopt")
+
+
+def _method(path: str) -> str | None:
+    with open(path, encoding="utf-8") as file:
+        found: str | None = json.load(file).get("quant_method")
+    return found
 
 
 def quantization(server: Any) -> tuple[str, dict[str, Any]]:
     """What vLLM is started with: its name for the method, and overrides of the model's configuration."""
     config, _ = config_of(server.config.qat)
-    return "compressed-tensors", {
-        "quantization_config": plan_of(server.model_config.hf_config, config).quantization_config()
-    }
+    plan = plan_of(server.model_config, config)
+    return "compressed-tensors", {"quantization_config": plan.quantization_config()}
 
 
-def plan_of(hf_config: Any, config: Any) -> QuantPlan:
-    """The plan of a model without its weights.
+def plan_of(model_config: Any, config: QATConfig) -> QuantPlan:
+    """The plan of a model without its weights, of the class that is trained.
 
     Raises:
         UserError: transformers has no such model, or nothing of it is to be quantized.
     """
-    from transformers import AutoModelForCausalLM
+    from verl.utils.model import get_hf_auto_model_class
 
+    hf_config = copy.deepcopy(model_config.hf_config)
+    auto = get_hf_auto_model_class(hf_config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
+            model = auto.from_config(
+                hf_config,
+                trust_remote_code=bool(getattr(model_config, "trust_remote_code", False)),
+                attn_implementation="eager",  # nothing is computed, and this machine may lack the trainer's kernels
+            )
     except ValueError as error:
         raise UserError(f"the rollout's model cannot be planned: {error}") from error
     return QuantPlan.from_model(model, config)

@@ -25,6 +25,9 @@ NAME = "nvfp4_qat.announcement"
 PROTOCOL = 1
 """Both sides must have the same."""
 
+ALIGNMENT = 16
+"""Bytes. Some carriers put one tensor right behind the other, and view them as their dtypes there."""
+
 
 def announced(
     entries: Sequence[Incoming], stream: Iterable[tuple[str, Tensor]], device: torch.device
@@ -53,8 +56,9 @@ def announced(
 
 def announcement(entries: Sequence[Incoming]) -> Tensor:
     """Uint8 ``[n]`` on the CPU: the manifest as JSON."""
-    text = json.dumps({"protocol": PROTOCOL, "tensors": to_wire(entries)}, separators=(",", ":"))
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    text = json.dumps({"protocol": PROTOCOL, "tensors": to_wire(entries)}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def read(tensor: Tensor) -> list[list[Any]]:
@@ -92,7 +96,7 @@ class Update:
         try:
             self._taken(weights)
         except Exception as error:
-            self._error = error
+            self._error = error.with_traceback(None)  # whose frames hold views of the bucket
 
     def end(self) -> None:
         """The stream is over.

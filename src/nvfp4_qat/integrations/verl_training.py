@@ -61,6 +61,8 @@ class Training:
         self._sent = 0
         self._seconds = 0.0
         self._flips = FlipTracker()
+        self.stepped = True
+        """Whether an optimizer's step came after the last stream."""
         self._sample = SAMPLED // len(self.plan.quantized)
         if engine.rank == 0:
             mode = f"{self.strategy}, {'gather' if gather else 'module'} mode"
@@ -85,7 +87,9 @@ class Training:
                 if name.endswith("weight_packed"):
                     sampled.append((name, tensor.view(-1)[: self._sample].clone()))
                 yield name, tensor
-            self._flips.count(sampled)
+            if self.stepped:  # else the same weights are sent once more
+                self._flips.count(sampled)
+                self.stepped = False
         finally:
             if self._engine._is_offload_param:
                 self._engine.to("cpu", model=True, optimizer=False, grad=False)
@@ -139,6 +143,9 @@ def install(module: ModuleType) -> None:
     engine_class = module.FSDPEngine
     engine_class._apply_qat = _apply_qat
     engine_class.get_per_tensor_param = _streaming(engine_class.get_per_tensor_param)
+    for name in ("get_per_tensor_param_shard", "get_per_tensor_param_delta_shard", "prime_delta_snapshots"):
+        if hasattr(engine_class, name):
+            setattr(engine_class, name, _refused(getattr(engine_class, name)))
     engine_class.optimizer_step = _without_scales(engine_class.optimizer_step)
     engine_class.train_batch = _with_metrics(engine_class.train_batch)
 
@@ -169,11 +176,29 @@ def _streaming(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_per_tensor_param
 
 
+def _refused(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What would send weights that are not packed."""
+
+    @functools.wraps(original)
+    def refused(engine: Any, *arguments: Any, **options: Any) -> Any:
+        if training_of(engine) is not None:
+            raise UserError(
+                "this way of sending weights takes bf16 shards, and the engine holds 4-bit weights: use "
+                "rollout.checkpoint_engine.backend=naive, nccl or nixl"
+            )
+        return original(engine, *arguments, **options)
+
+    return refused
+
+
 def _without_scales(original: Callable[..., Any]) -> Callable[..., Any]:
     """verl forgets scales of layers of its own after a step; there are none."""
 
     @functools.wraps(original)
     def optimizer_step(engine: Any, *arguments: Any, **options: Any) -> Any:
+        training = training_of(engine)
+        if training is not None:
+            training.stepped = True
         with _off(engine):
             return original(engine, *arguments, **options)
 
@@ -186,7 +211,8 @@ def _with_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
         outputs = original(engine, *arguments, **options)
         training = training_of(engine)
         if training is not None and engine.is_mp_src_rank_with_outputs():
-            outputs["metrics"].update(training.metrics())
+            # Lists, as verl has a number for each micro-batch.
+            outputs["metrics"].update({name: [value] for name, value in training.metrics().items()})
         return outputs
 
     return train_batch
