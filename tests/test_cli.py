@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -273,7 +274,9 @@ def test_interrupting_the_demo_leaves_a_report(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in err and "--resume continues" in err and err.endswith("nvfp4-qat: interrupted\n")
+    # Where it comes while a finalizer runs, Python says so itself.
+    ours = re.sub(r"Exception ignored .*?KeyboardInterrupt: *\n", "", err, flags=re.DOTALL)
+    assert "Traceback" not in ours and "--resume continues" in err and err.endswith("nvfp4-qat: interrupted\n")
     assert "not complete" in (out / "report.html").read_text(encoding="utf-8")
 
 

@@ -238,6 +238,42 @@ def test_moving_the_model_off_the_gpu_and_back_keeps_it_4_bit(folders: dict[str,
         assert all(same(found[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_snapshot_that_is_restored_is_what_is_computed_with(moved: bool, folders: dict[str, Path]) -> None:
+    """As verl does for log-probabilities of older weights; with offloading the model is in other memory then."""
+    from torch.distributed.tensor import DTensor
+    from verl.utils.fsdp_utils import fsdp2_sharded_load_from_cpu
+
+    use_a_cpu()
+    with one_process(), torch.no_grad():
+        trained = Trained(folders["dense"], "fsdp2")
+        module = trained.engine.module
+
+        def logits() -> torch.Tensor:
+            found: torch.Tensor = module(input_ids=trained.batch).logits.float()
+            return found
+
+        def move() -> None:
+            if moved:
+                module._apply(lambda t: t.to("cpu", copy=True))
+
+        old = logits()
+        specs = {name: p._spec for name, p in module.named_parameters() if isinstance(p, DTensor)}
+        shards = {
+            name: (p._local_tensor.detach().to("cpu", copy=True), specs[name])
+            for name, p in module.named_parameters()
+            if name in specs
+        }
+        with torch.enable_grad():
+            trained.step()
+        assert not torch.equal(logits(), old)
+        move()
+        fsdp2_sharded_load_from_cpu(module, shards, next(iter(specs.values())))
+        move()
+        assert torch.equal(logits(), old)
+        trained.sent()
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_the_base_of_lora_is_packed_and_stays_as_it_is(strategy: str, folders: dict[str, Path]) -> None:
     use_a_cpu()

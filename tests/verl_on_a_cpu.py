@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -60,8 +60,10 @@ class _Fsdp1(FullyShardedDataParallel):
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """A process group of one."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    with tempfile.TemporaryDirectory() as folder:
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in ranks.items():
+            patch.setenv(name, value)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield

@@ -51,6 +51,9 @@ class GatheredWeight(Protocol):
     """What a `ShardedMaster` needs to know of the weight it is a shard of."""
 
     name: str
+    memory: "Memory | None"
+    generation: int
+    """Counts the writes into the master."""
 
     def sharded(self) -> bool: ...
 
@@ -69,10 +72,11 @@ class Memory:
         written: whether it holds something else than the weight did, as far as is known.
         padded: whether FSDP2 may have made it, to pad a shard. It may make another one on some ranks, so an alias of it
             may still be the master's on others: writes into it are noted on all.
+        generation: of the master that it is a copy of; an older one is other weights, such as a snapshot's.
     """
 
-    def __init__(self, adopted: bool = False, written: bool = False, padded: bool = False) -> None:
-        self.adopted, self.written, self.padded = adopted, written, padded
+    def __init__(self, adopted: bool = False, written: bool = False, padded: bool = False, generation: int = 0) -> None:
+        self.adopted, self.written, self.padded, self.generation = adopted, written, padded, generation
 
 
 class ShardedMaster(torch.Tensor):
@@ -252,18 +256,24 @@ def _note_writes(func: OpOverload, args: Any, written: list[ShardedMaster]) -> N
     source = args[1] if func is aten.copy_.default else None
     for shard in written:
         if isinstance(source, ShardedMaster) and source._weight is shard._weight and not shard._memory.adopted:
-            shard._memory.written = source._memory.written
+            shard._memory.written, shard._memory.generation = source._memory.written, _generation(source)
         else:
             shard._memory.written = True
             if shard._memory.adopted or shard._memory.padded:
                 shard._weight.note()
 
 
+def _generation(shard: ShardedMaster) -> int:
+    """Of the master whose values a shard has, if it was not written since."""
+    current = shard._weight.memory is None or shard._memory is shard._weight.memory
+    return shard._weight.generation if current else shard._memory.generation
+
+
 def _memory_of_result(func: OpOverload, args: Any) -> Memory | None:
     """What the results share if they are shards; None: they are plain."""
     if func in NEW_SHARDS:
         changed = func is aten.empty_like.default or args[0]._memory.written
-        return Memory(written=changed, padded=func is aten.new_zeros.default)
+        return Memory(written=changed, padded=func is aten.new_zeros.default, generation=_generation(args[0]))
     alias = _aliased_argument(func)
     if alias is not None and alias < len(args) and isinstance(args[alias], ShardedMaster):
         memory: Memory = args[alias]._memory

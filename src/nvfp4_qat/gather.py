@@ -59,6 +59,8 @@ class GatherWeight:
         self.fsdp_param: Any = None
         self.memory: Memory | None = None
         """Where the master is, as far as is known."""
+        self.generation = 0
+        """Counts the writes into the master."""
 
     @property
     def gather(self) -> "Gather":
@@ -72,6 +74,7 @@ class GatherWeight:
 
     def note(self) -> None:
         """Record that the master was written, on the current stream."""
+        self.generation += 1
         for unit in self.affected:
             unit.stale = True
         gather = self._gather()
@@ -183,7 +186,7 @@ class Gather:
         self._find_units()
         self._look_at_handed_out()
         if shard.memory is not weight.memory:
-            if shard.memory.written:
+            if shard.memory.written or shard.memory.generation != weight.generation:
                 weight.note()
             weight.adopt(shard)
         unit = weight.unit
