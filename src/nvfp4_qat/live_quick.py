@@ -184,6 +184,7 @@ class Quick:
         alone: bool,
     ) -> list[Change]:
         own = {id(p) for p in parameters.values()}
+        packed = {name for name, p in parameters.items() if p.dtype is torch.uint8}  # before processing changes them
         others = [t for t in tensors(twin.layer, self._code.ours, scratch=True).values() if id(t) not in own]
         recorder = Recorder(parameters, others)
         routine = self._code.quicker(layer)
@@ -201,7 +202,7 @@ class Quick:
             tape = recorder.tape(new)
             if tape.changes_parameters and not alone:
                 raise CannotRepeatError("it writes into a parameter that another layer has too")
-            parts = {} if tape.changes_parameters else _parts(recorder, targets, new, parameters)
+            parts = {} if tape.changes_parameters else _parts(recorder, targets, new, packed)
             self._ways[name] = _Way(tape, targets, parts)
         except CannotRepeatError as error:
             self._give_up(name, str(error))
@@ -275,9 +276,8 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _parts(
-    recorder: Recorder, targets: Sequence[tuple[Path, Tensor]], new: Sequence[Tensor], parameters: Parameters
+    recorder: Recorder, targets: Sequence[tuple[Path, Tensor]], new: Sequence[Tensor], packed: set[str]
 ) -> dict[str, Part]:
-    packed = {name for name, p in parameters.items() if p.dtype is torch.uint8}
     of: dict[str, list[int]] = {name: [] for name in (*sorted(packed), "")}
     for i, t in enumerate(new):
         needed = recorder.depends(t)
