@@ -419,6 +419,14 @@ def test_actions_follow_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seen == [1, 2]
 
 
+def test_code_that_runs_already_cannot_be_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = "from nvfp4_qat.integrations.import_hooks import when_imported\n"
+    (tmp_path / "module_in_a_circle.py").write_text(hook + "when_imported(__name__, print)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="module_in_a_circle is being imported already"):
+        import module_in_a_circle  # noqa: F401
+
+
 FAILS = """
 import sys
 import nvfp4_qat.integrations as i

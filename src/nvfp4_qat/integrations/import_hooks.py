@@ -17,10 +17,15 @@ Action = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call ``action(module)`` after a module's import, or now if it has been imported; once for each call of this."""
+    """Call ``action(module)`` after a module's import, or now if it has been imported; once for each call of this.
+
+    Raises:
+        ImportError: its code is running just now, and nothing would tell when it has run.
+    """
     module = sys.modules.get(name)
-    spec = None if module is None else getattr(module, "__spec__", None)
-    if module is not None and not getattr(spec, "_initializing", False):
+    if module is not None:
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            raise ImportError(f"{name} is being imported already: import this earlier")
         action(module)
         return
     finder = next((f for f in sys.meta_path if isinstance(f, _Finder)), None)

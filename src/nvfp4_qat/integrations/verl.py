@@ -45,7 +45,7 @@ def activate() -> None:
         return
     _state["reason"] = None
     try:
-        _state["reason"] = _refused(_version("verl"))
+        _check(_version("verl"))
         _without_verls_patches()
         for name, install in _seams().items():
             when_imported(name, install)
@@ -107,13 +107,12 @@ def _stop_where_qat_is_used() -> None:
     when_imported("verl.utils.qat.core", install)
 
 
-def _refused(version: str | None) -> str | None:
-    """Why a release of verl is not supported; None: it is, or nobody knows which one it is."""
+def _check(version: str | None) -> None:
+    """Raise if a release of verl is not supported; one that nobody can tell is."""
     numbers = [part for part in (version or "").split(".")[:2] if part.isdecimal()]
     if len(numbers) == 2 and not SUPPORTED[0] <= (int(numbers[0]), int(numbers[1])) <= SUPPORTED[1]:
         first, last = (".".join(map(str, release)) for release in SUPPORTED)
         raise RuntimeError(f"verl {version} is not supported: install one of {first}.x to {last}.x")
-    return None
 
 
 def _version(package: str) -> str | None:

@@ -77,7 +77,7 @@ class Training:
             device: of this rank.
         """
         start, sent = time.perf_counter(), 0
-        self._move(module, device)
+        self._move(device)
         sampled = []
         try:
             full = self.strategy == "fsdp" or not self._trains
@@ -106,7 +106,7 @@ class Training:
             "qat/coverage": quantized / max(self.plan.parameters, 1),
         }
 
-    def _move(self, module: nn.Module, device: torch.device) -> None:
+    def _move(self, device: torch.device) -> None:
         """Bring offloaded shards to the GPU, where they are packed; a policy of FSDP2 moves them itself."""
         if self._engine._is_offload_param and not self._engine._uses_fsdp2_cpu_offload_policy:
             self._engine.to(device.type, model=True, optimizer=False, grad=False)
