@@ -174,4 +174,4 @@ def test_the_versions_of_vllm_are_the_same_everywhere():
     for page in ("README.md", "docs/vllm.md", "CHANGELOG.md"):
         assert f"vLLM {first} to {last}" in (ROOT / page).read_text(encoding="utf-8"), page
     measured = re.search(r"(?m)^vllm==(.*)$", (ROOT / "constraints" / "vllm.txt").read_text(encoding="utf-8"))
-    assert f"measured on a\nGPU: {measured[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"run on\nGPUs: {measured[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
