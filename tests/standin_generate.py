@@ -24,21 +24,22 @@ from standin_engine import StandinCode, copied
 from torch import nn
 from transformers import AutoConfig
 
-from nvfp4_qat.engine import RolloutEngine
+from nvfp4_qat.engine import RolloutEngine, Sample
 from nvfp4_qat.vllm import LiveWeights
 
 VERSION = "0.24.0"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SamplingParams:
-    n: int
     temperature: float
     max_tokens: int
-    logprobs: int | None
-    stop_token_ids: list[int]
-    seed: int
     detokenize: bool
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    seed: int | None = None
 
 
 class Held(nn.Module):
@@ -112,6 +113,7 @@ class LLM:
     max_model_len: int
     max_num_seqs: int
     gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
     enable_sleep_mode: bool
     seed: int
     calls: list = field(default_factory=list)
@@ -165,6 +167,8 @@ class LLM:
         self._called("generate", len(prompts))
         assert not self.paused and not self.worker.asleep, "asked while it could not answer"
         assert not use_tqdm
+        if isinstance(sampling_params, SamplingParams):
+            return self._scored(prompts, sampling_params)
         engine = None
         answers = []
         for prompt, sampling in zip(prompts, sampling_params, strict=True):
@@ -175,6 +179,20 @@ class LLM:
             (samples,) = engine.generate([prompt["prompt_token_ids"]], sampling.n, sampling.max_tokens, sampling.seed)
             answers.append(SimpleNamespace(outputs=[self._output(s, sampling) for s in samples]))
         return answers
+
+    def _scored(self, prompts, sampling):
+        assert (sampling.temperature, sampling.prompt_logprobs, sampling.max_tokens) == (1.0, 0, 1)
+        engine = RolloutEngine(self.config, [])
+        engine.load((n, p.data) for n, p in self.worker.model.named_parameters())
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        scores = engine.score([Sample(i[:1], i[1:], []) for i in ids])
+        return [
+            SimpleNamespace(
+                prompt_logprobs=[None]
+                + [{token: SimpleNamespace(logprob=p)} for token, p in zip(i[1:], score, strict=True)]
+            )
+            for i, score in zip(ids, scores, strict=True)
+        ]
 
     def _output(self, sample, sampling):
         pairs = zip(sample.response, sample.logprobs, strict=True)

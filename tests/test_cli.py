@@ -223,7 +223,13 @@ def test_demo_options_reach_the_demo(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("nvfp4_qat.demo.run_demo", run_demo)
     options = {row[0]: row[1] for row in cli.DEMO_SETTINGS}
     values = {name: "7" if kind is not str else "sort" for name, kind in options.items()}
-    values |= {"rollout": "vllm", "sleep": "2", "rollout_device": "cuda:0", "rollout_memory": "0.5"}
+    values |= {
+        "warmup_until": "0.5",
+        "rollout": "vllm",
+        "sleep": "2",
+        "rollout_device": "cuda:0",
+        "rollout_memory": "0.5",
+    }
     arguments = [part for name, value in values.items() for part in ("--" + name.replace("_", "-"), value)]
     run(capsys, "demo", "--out", tmp_path, "--arms", "qat,bf16", "--resume", "--quiet", *arguments)
     (cfg,) = seen

@@ -9,10 +9,15 @@ import torch
 from helpers_rl import TOKENIZER, EvenFirst, micro_config, micro_model, without_timings
 
 from nvfp4_qat import demo
-from nvfp4_qat.demo import available_cores, run_demo, summarize_arm, warm_up
+from nvfp4_qat.demo import run_demo, summarize_arm
 from nvfp4_qat.demo_config import ARMS, PRESETS, DemoConfig
+from nvfp4_qat.engine import RolloutEngine
 from nvfp4_qat.errors import UserError
+from nvfp4_qat.machine import available_cores
+from nvfp4_qat.models import MADE
+from nvfp4_qat.rl import plain_weights
 from nvfp4_qat.tasks import SortDigits
+from nvfp4_qat.warmup import HELD_OUT, LOOK_EVERY, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +175,32 @@ def test_warm_up_learns_and_is_cached(tmp_path):
     assert not all(torch.equal(tensor, other[1][name]) for name, tensor in first[1].items())
 
 
+def test_a_warm_up_ends_when_answers_are_right_often_enough(tmp_path):
+    steps = []
+    settings = {"warmup_steps": 400, "warmup_batch": 32, "warmup_lr": 5e-3, "cache": tmp_path / "cache"}
+    model, task = micro_model(), SortDigits(1)
+    cfg = micro_config(tmp_path, warmup_until=0.1, **settings)
+    assert warm_up(model, TOKENIZER, task, cfg, lambda step, loss: steps.append(step))
+    assert len(steps) < 400 and len(steps) % LOOK_EVERY == 0
+    key = f"held-out/{cfg.weights_seed}"
+    problems = task.problems(HELD_OUT, key)
+    engine = RolloutEngine(model.config, [TOKENIZER.eos_token_id])
+    engine.load(plain_weights(model))
+    answers = engine.generate([TOKENIZER(p.prompt).input_ids for p in problems], 8, 3, seed=0)
+    right = [
+        TOKENIZER.decode(s.response) == p.answer + TOKENIZER.eos_token
+        for p, group in zip(problems, answers, strict=True)
+        for s in group
+    ]
+    assert sum(right) / len(right) > 0.07  # the chance was computed, this is sampled
+    assert not warm_up(micro_model(), TOKENIZER, task, cfg, lambda step, loss: steps.append(step))
+
+
+def test_the_model_has_a_seed_of_its_own(tmp_path):
+    assert micro_config(tmp_path, seed=3).weights_seed == 3
+    assert micro_config(tmp_path, seed=3, model_seed=0).weights_seed == 0
+
+
 def test_summary_by_hand():
     rows = [
         {
@@ -202,6 +233,8 @@ def test_summary_by_hand():
         ({"lr": math.nan}, "lr must be positive"),
         ({"tis": -1.0}, "tis must be positive"),
         ({"prompts": math.nan}, "prompts must be at least"),
+        ({"warmup_until": 1.0}, "warmup_until is a chance"),
+        ({"eval_every": -1}, "eval_every must be at least 0"),
     ],
 )
 def test_settings_are_checked(tmp_path, overrides, message):
@@ -214,7 +247,7 @@ def test_every_model_has_settings(tmp_path):
         cfg = DemoConfig.for_model(model, tmp_path, seed=3)
         assert cfg.seed == 3
         assert set(cfg.arms) <= set(ARMS)
-        assert (cfg.warmup_steps > 0) == model.startswith("tiny")
+        assert (cfg.warmup_steps > 0) == (model in MADE)
 
 
 def test_cores_follow_the_environment(monkeypatch):

@@ -1,25 +1,29 @@
 """Prompts and rewards."""
 
+import itertools
 import json
+import re
 
 import pytest
 
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.models import tiny_tokenizer
 from nvfp4_qat.tasks import (
+    Chain,
     Grade,
     MathFile,
     OneSentence,
     Problem,
     SortDigits,
     encode_prompt,
+    encode_prompts,
     grade_math,
     make_task,
     normalize_answer,
 )
 
 
-@pytest.mark.parametrize("task", [SortDigits(), OneSentence()])
+@pytest.mark.parametrize("task", [SortDigits(), Chain(), OneSentence()])
 def test_draws_follow_from_their_key_alone(task):
     first = task.problems(5, "0/3/0")
     task.problems(7, "something else")
@@ -35,6 +39,29 @@ def test_sorting():
     assert task.grade(Problem("52914>", "12459"), "12459") == Grade(1.0, True, "12459")
     assert task.grade(Problem("52914>", "12459"), "12495").score == -1.0
     assert task.grade(Problem("52914>", "12459"), "124591").correct is False
+
+
+def test_chains():
+    task = Chain(operands=5, largest=99)
+    lengths = []
+    for problem in task.problems(200, "k"):
+        numbers = re.findall(r"[+-]?\d+", problem.prompt.removesuffix("="))
+        totals = list(itertools.accumulate(map(int, numbers)))
+        assert len(numbers) == 5 and min(totals) >= 0
+        assert problem.answer == ",".join(map(str, totals[1:]))
+        assert task.grade(problem, problem.answer).correct
+        assert task.grade(problem, f"1,2,{totals[-1]}").correct  # the way there is not graded
+        assert not task.grade(problem, problem.answer + ",").correct
+        assert not task.grade(problem, f"{problem.answer}0").correct
+        lengths.append(len(Chain().problems(1, problem.prompt)[0].answer) + 1)
+    assert max(lengths) <= Chain().max_new_tokens - Chain().overlong_buffer + 1
+    assert sum("-" in p.prompt for p in task.problems(50, "k")) > 25
+
+
+def test_prompts_are_encoded_together_as_alone():
+    tokenizer = tiny_tokenizer()
+    problems = Chain().problems(5, "k")
+    assert encode_prompts(tokenizer, problems) == [encode_prompt(tokenizer, problem) for problem in problems]
 
 
 @pytest.mark.parametrize(

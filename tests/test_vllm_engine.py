@@ -18,6 +18,7 @@ import nvfp4_qat as nq
 from nvfp4_qat import demo
 from nvfp4_qat.cli import main
 from nvfp4_qat.demo import run_demo
+from nvfp4_qat.engine import RolloutEngine
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.policy_update import response_logprobs
 from nvfp4_qat.rl import arm_plan, plain_weights, prepare_arm, start_engine, stop_ids
@@ -172,14 +173,25 @@ def test_a_response_that_vllm_broke_off_or_would_cut_short_is_an_error(made, tmp
         engine.generate(PROMPTS, 2, 5, 0)
 
 
+def test_it_scores_responses_as_the_builtin_engine_does(made, tmp_path):
+    model, stream, engine = started(tmp_path)
+    engine.load(stream())
+    samples = [s for group in engine.generate(PROMPTS, 3, 8, seed=1) for s in group]
+    other = RolloutEngine(model.config, [])
+    other.load(stream())
+    for sample, ours, theirs in zip(samples, engine.score(samples), other.score(samples), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05) and len(ours) == len(sample.response)
+
+
 # How it is started
 
 
 def test_vllm_is_started_with_what_the_run_says(made, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    _, _, engine = started(tmp_path, rollout_device="cuda:1", rollout_memory=0.45)
+    _, _, engine = started(tmp_path, rollout_device="cuda:1", rollout_memory=0.45, rollout_kv_cache=0.5)
     (llm,) = made
+    assert llm.kv_cache_memory_bytes == 2**29
     assert llm.worker_extension_cls == "nvfp4_qat.vllm.LiveWeights" and llm.logprobs_mode == "processed_logprobs"
     assert (llm.max_model_len, llm.max_num_seqs, llm.gpu_memory_utilization) == (64, 12, 0.45)
     assert llm.enable_sleep_mode is False and llm.generation_config == "vllm" and llm.skip_tokenizer_init
@@ -243,7 +255,8 @@ def test_a_run_reports_every_arm_with_its_syncs(level, made, tmp_path, saved_mod
         assert entry["sync_version_last"] == 4 and entry["sync_seconds_median"] > 0
         assert "sync_version_last" not in builtin["arms"][arm]
     assert summary["versions"]["vllm"] == standin_generate.VERSION and summary["versions"]["gpu"] == "a GPU"
-    assert summary["engine"] == {"sleep": level, "rollout_device": None, "rollout_memory": 0.3}
+    where = {"sleep": level, "rollout_device": None, "rollout_memory": 0.3, "rollout_kv_cache": None}
+    assert summary["engine"] == where
     assert summary["config"]["rollout"] == "vllm"
     page = (out / "report.html").read_text()
     for text in ("Seconds of a sync", "last version", "qat sync bytes", "<dt>rollout_memory</dt>"):

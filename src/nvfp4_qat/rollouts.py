@@ -18,7 +18,8 @@ from torch import Tensor
 from .demo_config import DemoConfig
 from .engine import Sample, SamplingEngine, left_pad
 from .grpo import group_advantages, overlong_penalty
-from .tasks import Task, encode_prompt
+from .runlog import Row
+from .tasks import Task, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def collect(
     while len(kept) < cfg.prompts and batches < cfg.max_batches:
         key = f"{cfg.seed}/{step}/{batches}"
         problems = task.problems(cfg.prompts, key)
-        prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+        prompts = encode_prompts(tokenizer, problems)
         for problem, samples in zip(
             problems, engine.generate(prompts, cfg.samples, task.max_new_tokens, stable_seed(key)), strict=True
         ):
@@ -93,6 +94,42 @@ def collect(
                 kept.append(group)
         batches += 1
     return kept[: cfg.prompts], drawn, batches
+
+
+EVAL_KEY = "evaluation"
+"""Seeds the problems of an evaluation and what is sampled for them: the same in every run and at every step."""
+
+
+def evaluate(engine: SamplingEngine, task: Task, tokenizer: Any, problems: int, samples: int) -> Row:
+    """Sample and grade responses to problems that are drawn apart from those of any step.
+
+    Args:
+        engine: with the weights to evaluate, in their precision.
+        task: source of problems and grades.
+        tokenizer: of the model.
+        problems: how many.
+        samples: responses to each, at temperature 1.
+
+    Returns:
+        ``accuracy``, the mean over all responses (avg@samples); ``accuracy_se``, its standard error over problems, 0 of
+        a single one; ``response_length``, the mean in tokens.
+    """
+    asked = task.problems(problems, EVAL_KEY)
+    prompts = encode_prompts(tokenizer, asked)
+    answers = engine.generate(prompts, samples, task.max_new_tokens, stable_seed(EVAL_KEY))
+    right = torch.tensor(
+        [
+            [task.grade(problem, tokenizer.decode(s.response, skip_special_tokens=True)).correct for s in group]
+            for problem, group in zip(asked, answers, strict=True)
+        ],
+        dtype=torch.float64,
+    ).mean(1)
+    lengths = [len(sample.response) for group in answers for sample in group]
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_se": float(right.std() / len(right) ** 0.5) if len(right) > 1 else 0.0,
+        "response_length": sum(lengths) / len(lengths),
+    }
 
 
 def collate(groups: Sequence[Group], pad: int) -> Batch:

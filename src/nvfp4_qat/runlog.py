@@ -6,6 +6,8 @@ whose numbers are lost. A resumed run cuts the metrics back to the checkpoint an
 they come out the same, because a step depends on the weights, the optimizer and its own number, and on nothing else
 (but the machine and its number of threads, on which sums round differently).
 
+Weights that a run keeps lie in ``weights-<arm>/step-<N>.safetensors``: those after N steps, by name.
+
 Whole files are replaced atomically: written under another name, flushed to the disk, renamed.
 """
 
@@ -17,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 Row = dict[str, Any]
 
@@ -35,6 +39,7 @@ class ArmLog:
         self._metrics = out / f"metrics-{arm}.jsonl"
         self._checkpoint = out / f"checkpoint-{arm}.pt"
         self._events = out / "tensorboard" / arm
+        self._weights = out / f"weights-{arm}"
         self._checkpoint_seconds = checkpoint_seconds
         self._checkpointed = time.monotonic()
         self._writer: Any = None
@@ -91,6 +96,12 @@ class ArmLog:
             save_file(self._checkpoint, {**state, "step": len(self.rows)})
             self._checkpointed = time.monotonic()
 
+    def keep(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Keep a copy of the weights after so many steps, where `kept_weights` finds it."""
+        self._weights.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+        replace_file(self._weights / f"step-{step}.safetensors", safetensors.torch.save(tensors))
+
     def finish(self) -> None:
         """Close the files of an arm that has all its steps; its checkpoint is of no more use."""
         self.close()
@@ -112,6 +123,12 @@ class ArmLog:
             if name != "step":
                 self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()
+
+
+def kept_weights(out: Path, arm: str) -> dict[int, Path]:
+    """The weights that an arm has kept: files by the number of steps they were trained for, in this order."""
+    found = {int(path.stem.removeprefix("step-")): path for path in (out / f"weights-{arm}").glob("step-*.safetensors")}
+    return dict(sorted(found.items()))
 
 
 def replace_file(path: Path, data: bytes) -> None:

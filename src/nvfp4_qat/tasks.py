@@ -1,9 +1,9 @@
 """Tasks for the demo: where prompts come from and what a response earns.
 
-A task is a source of `Problem` and a rule that grades a response. Three are here: `SortDigits` for the tiny models,
-`OneSentence` for small instruction-tuned ones, and `MathFile` for the data of DAPO (or a file of one's own). A draw is
-a function of its key alone, no generator is carried from step to step: every arm of a comparison sees the same prompts,
-whatever the other arms drew, and a resumed run sees those of the run that was killed.
+A task is a source of `Problem` and a rule that grades a response. Four are here: `SortDigits` for the tiny models,
+`Chain` for the small ones, `OneSentence` for instruction-tuned ones, and `MathFile` for the data of DAPO (or a file of
+one's own). A draw is a function of its key alone, no generator is carried from step to step: every arm of a comparison
+sees the same prompts, whatever the other arms drew, and a resumed run sees those of the run that was killed.
 
 The grading of mathematics follows DAPO: +1 for a right answer and -1 for anything else, which includes a right number
 in the wrong place. The other tasks use the same two values.
@@ -84,6 +84,39 @@ class SortDigits:
         return Grade.of(response, problem.answer)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """``47+385-219=`` is to be answered ``432,213``: every total on the way, the last of which is graded.
+
+    Steps are reasoned in the open, and only the result is verified: a slip in one of them spoils all that follow, so a
+    model that masters a step still fails often at many.
+    """
+
+    operands: int = 8
+    largest: int = 999
+    name: str = "chain"
+    max_new_tokens: int = 48
+    overlong_buffer: int = 8
+
+    def problems(self, count: int, key: str) -> list[Problem]:
+        draw = random.Random(f"{self.name}/{key}")
+        return [self._problem(draw) for _ in range(count)]
+
+    def _problem(self, draw: random.Random) -> Problem:
+        total = draw.randint(1, self.largest)
+        text, totals = str(total), []
+        for _ in range(self.operands - 1):
+            operand = draw.randint(1, self.largest)
+            sign = -1 if operand <= total and draw.random() < 0.5 else 1  # never below zero
+            total += sign * operand
+            text += f"{'-' if sign < 0 else '+'}{operand}"
+            totals.append(str(total))
+        return Problem(f"{text}=", ",".join(totals))
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        return Grade.of(response.rpartition(",")[2], problem.answer.rpartition(",")[2])
+
+
 _NOUNS = (
     "apple", "baby", "beach", "bell", "bird", "boat", "book", "bread", "bridge", "brother", "cake", "candle", "cat",
     "chair", "city", "clock", "cloud", "coat", "coffee", "corn", "cow", "dance", "desk", "doctor", "dog", "door",
@@ -160,39 +193,54 @@ class MathFile:
         return grade_math(response, problem.answer)
 
 
+TASKS: Mapping[str, type[SortDigits | Chain | OneSentence]] = {
+    "sort": SortDigits,
+    "chain": Chain,
+    "one-sentence": OneSentence,
+}
+
+TASKS_OF_MODELS = {"tiny": "sort", "tiny-moe": "sort", "small": "chain", "small-moe": "chain"}
+"""What suits a model; any other gets ``one-sentence``."""
+
+
 def make_task(spec: str, model: str = "") -> Task:
     """Return the task that a name or a path stands for.
 
     Args:
-        spec: ``sort``, ``one-sentence``, the path of a ``.parquet`` or ``.jsonl`` file, or ``auto``: ``sort`` for the
-            tiny models and ``one-sentence`` for every other.
+        spec: a name of `TASKS`, the path of a ``.parquet`` or ``.jsonl`` file, or ``auto``, see `TASKS_OF_MODELS`.
         model: the model's spec, which ``auto`` goes by.
 
     Raises:
-        UserError: none of these.
+        UserError: there is no such task or no such file.
     """
     if spec == "auto":
-        spec = "sort" if model.startswith("tiny") else "one-sentence"
-    if spec == "sort":
-        return SortDigits()
-    if spec == "one-sentence":
-        return OneSentence()
+        spec = TASKS_OF_MODELS.get(model, "one-sentence")
+    if spec in TASKS:
+        return TASKS[spec]()
     if spec.endswith((".parquet", ".jsonl")):
         return MathFile(spec)
-    raise UserError(f"unknown task '{spec}': give sort, one-sentence, or a .parquet or .jsonl file")
+    raise UserError(f"unknown task '{spec}': give {', '.join(TASKS)}, or a .parquet or .jsonl file")
 
 
 def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
     """Return the prompt's token ids, through the tokenizer's chat template where it has one."""
-    prompt = problem.prompt
-    if tokenizer.chat_template is None:
-        text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return encode_prompts(tokenizer, [problem])[0]
+
+
+def encode_prompts(tokenizer: Any, problems: Sequence[Problem]) -> list[list[int]]:
+    """Return `encode_prompt` of several problems, in one call of the tokenizer."""
     # A chat template writes the special tokens itself; a plain prompt of these models has none in front.
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    texts = [_prompt_text(tokenizer, problem.prompt) for problem in problems]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
     return ids
+
+
+def _prompt_text(tokenizer: Any, prompt: str | tuple[Message, ...]) -> str:
+    if tokenizer.chat_template is None:
+        return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def grade_math(response: str, truth: str) -> Grade:

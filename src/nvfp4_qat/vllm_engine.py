@@ -135,6 +135,21 @@ class VllmEngine:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """What vLLM gives responses that are there already; see `nvfp4_qat.engine.SamplingEngine`."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        asked: list[Any] = [{"prompt_token_ids": sample.prompt + sample.response} for sample in samples]
+        answers = self._llm.generate(asked, sampling, use_tqdm=False)
+        return [
+            [
+                entry[token].logprob
+                for token, entry in zip(sample.response, answer.prompt_logprobs[len(sample.prompt) :], strict=True)
+            ]
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+
     def sleep(self) -> None:
         """Free vLLM's memory until the next `load`, if the run's settings say so."""
         if self._level:
@@ -192,6 +207,7 @@ def _started(folder: Path, length: int, cfg: DemoConfig) -> Any:
                 max_model_len=length,
                 max_num_seqs=min(cfg.prompts * cfg.samples, MOST_AT_ONCE),
                 gpu_memory_utilization=cfg.rollout_memory,
+                kv_cache_memory_bytes=None if cfg.rollout_kv_cache is None else int(cfg.rollout_kv_cache * 2**30),
                 enable_sleep_mode=cfg.sleep > 0,
                 seed=0,
             )

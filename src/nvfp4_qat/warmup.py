@@ -1,0 +1,131 @@
+"""Supervised training before RL, for models that begin with random weights.
+
+RL can only start where a model is right now and then. `warm_up` trains it on a task's own answers, for a number of
+steps or until a right answer is sampled with a given chance, and keeps the result in the user's cache directory under a
+name that says what it depends on.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .demo_config import DemoConfig
+from .engine import Sample
+from .machine import versions
+from .masters import MasterAdamW
+from .policy_update import response_logits, response_logprobs
+from .rollouts import Batch, Graded, collate
+from .runlog import save_file
+from .tasks import Task, encode_prompts
+
+LOOK_EVERY = 50
+"""Steps between two looks at the chance of a right answer."""
+
+HELD_OUT = 256
+"""Problems that it is measured on."""
+
+FLOOR = 0.1
+"""Of the peak learning rate, where it falls to over a fixed number of steps."""
+
+
+def warm_up(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    cfg: DemoConfig,
+    progress: Callable[[int, float], None],
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Train a model in place on the task's answers, or take the result of an earlier run from the cache.
+
+    Args:
+        model: bf16, on the CPU, with the random weights that the run's model seed gives; it is there again afterwards.
+        tokenizer: of the model.
+        task: its problems' answers are the targets.
+        cfg: number of steps, batch, learning rate and when to end.
+        progress: called with the number of finished steps and the loss.
+        device: where to compute.
+
+    Returns:
+        Whether there was anything to train.
+    """
+    if cfg.warmup_steps == 0:
+        return False
+    device = torch.device(device)
+    path = _file(cfg, task, model, device)
+    if path.is_file():
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        return False
+    model.to(device)
+    held_out = _answers(tokenizer, task, HELD_OUT, f"held-out/{cfg.weights_seed}").to(device)
+    optimizer = MasterAdamW(model.parameters(), cfg.warmup_lr, weight_decay=0.01)
+    for step in range(cfg.warmup_steps):
+        optimizer.set_lr(cfg.warmup_lr * _schedule(step, cfg))
+        batch = _answers(tokenizer, task, cfg.warmup_batch, f"warmup/{cfg.weights_seed}/{step}").to(device)
+        logits = response_logits(model, batch)[batch.mask]
+        loss = F.cross_entropy(logits, batch.ids[:, -batch.mask.shape[1] :][batch.mask])
+        loss.backward()
+        optimizer.accumulate()
+        optimizer.clip(1.0)
+        optimizer.step()
+        progress(step + 1, float(loss.detach()))
+        look = cfg.warmup_until is not None and (step + 1) % LOOK_EVERY == 0
+        if look and chance_of_right(model, held_out) >= cfg.warmup_until:  # type: ignore[operator]
+            break
+    model.to("cpu")
+    save_file(path, model.state_dict())
+    return True
+
+
+@torch.no_grad()
+def chance_of_right(model: Any, answers: Batch) -> float:
+    """The chance that a whole answer is sampled as it is written, on average over a batch of them.
+
+    A lower bound of the accuracy where several texts are right.
+    """
+    logprobs: Tensor = response_logprobs(model, answers).masked_fill(~answers.mask, 0.0)
+    return float(logprobs.sum(1).exp().mean())
+
+
+def _schedule(step: int, cfg: DemoConfig) -> float:
+    """The learning rate of a step, in units of its peak."""
+    rise = (step + 1) / min(50, cfg.warmup_steps)
+    fall = 1.0 if cfg.warmup_until is not None else max(1 - step / cfg.warmup_steps, FLOOR)
+    return min(rise, fall)
+
+
+def _answers(tokenizer: Any, task: Task, count: int, key: str) -> Batch:
+    """Problems with their right answers in the place of sampled responses."""
+    problems = task.problems(count, key)
+    prompts = encode_prompts(tokenizer, problems)
+    answers = tokenizer([problem.answer for problem in problems], add_special_tokens=False).input_ids
+    group = []
+    for prompt, ids in zip(prompts, answers, strict=True):
+        answer = [*ids, tokenizer.eos_token_id]
+        group.append(Graded(Sample(prompt, answer, [0.0] * len(answer)), 0.0, True))
+    return collate([group], tokenizer.pad_token_id)
+
+
+def _file(cfg: DemoConfig, task: Task, model: Any, device: torch.device) -> Path:
+    """A path in the cache that is named by all that the warmed-up weights follow from."""
+    ingredients = {
+        "model": model.config.to_dict(),
+        "task": repr(task),
+        "steps": cfg.warmup_steps,
+        "until": cfg.warmup_until,
+        "batch": cfg.warmup_batch,
+        "lr": cfg.warmup_lr,
+        "seed": cfg.weights_seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads(),
+        "versions": versions(),
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvfp4_qat"
+    return (cfg.cache or home) / f"warmup-{cfg.model}-{digest}.pt"
