@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BEGIN, END = "<!-- sections: written by benchmarks/plots.py -->", "<!-- sections end -->"
+BEGIN, END = "<!-- sections: written by {} -->", "<!-- sections end -->"
+"""What is between them is written by a script, which is named in the first."""
+
+SCRIPT = "benchmarks/plots.py"
 
 WIDTH = 130
 """Characters of a line of text in the page."""
@@ -89,10 +92,18 @@ def written(sections: Sequence[Section], folder: str) -> str:
     return "\n\n".join(part for part in parts if part) or "No rows have been committed yet."
 
 
-def updated(page: str, sections: Sequence[Section], folder: str) -> str:
-    """The page with everything between its markers renewed."""
-    before, found, rest = page.partition(BEGIN)
+def updated(page: str, sections: Sequence[Section], folder: str, script: str = SCRIPT) -> str:
+    """The page with everything between its markers renewed.
+
+    Args:
+        page: its text.
+        sections: what comes between the markers.
+        folder: of the pictures.
+        script: whose markers these are.
+    """
+    begin = BEGIN.format(script)
+    before, found, rest = page.partition(begin)
     _, ended, after = rest.partition(END)
     if not found or not ended:
         raise SystemExit(f"the page has lost the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{written(sections, folder)}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{written(sections, folder)}\n\n{END}{after}"

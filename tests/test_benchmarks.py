@@ -286,10 +286,10 @@ def test_counters_become_rows_and_a_table(tmp_path):
 
 
 def empty_page(folder: Path) -> Path:
-    from page import BEGIN, END
+    from page import BEGIN, END, SCRIPT
 
     folder.mkdir(exist_ok=True)
-    (folder / "performance.md").write_text(f"# Title\n{BEGIN}\nold\n{END}\nThe end.\n", encoding="utf-8")
+    (folder / "performance.md").write_text(f"# Title\n{BEGIN.format(SCRIPT)}\nold\n{END}\nThe end.\n", encoding="utf-8")
     return folder
 
 

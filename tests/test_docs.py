@@ -165,6 +165,17 @@ def test_the_result_table_is_that_of_the_committed_runs(monkeypatch):
     assert results.updated(readme) == readme, "run: python docs/results.py"
 
 
+def test_the_verl_page_has_the_results_of_the_committed_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import verl_results
+
+    page = verl_results.PAGE.read_text(encoding="utf-8")
+    assert verl_results.BEGIN in page and verl_results.END in page
+    assert verl_results.updated(page) == page, "run: python docs/verl_results.py"
+    missing = [row["label"] for row in verl_results.rows() if not verl_results.metrics(row).exists()]
+    assert missing == []
+
+
 def test_the_versions_of_vllm_are_the_same_everywhere():
     from nvfp4_qat.vllm import SUPPORTED
 

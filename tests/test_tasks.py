@@ -43,19 +43,23 @@ def test_sorting():
 
 def test_chains():
     task = Chain(operands=5, largest=99)
-    lengths = []
     for problem in task.problems(200, "k"):
         numbers = re.findall(r"[+-]?\d+", problem.prompt.removesuffix("="))
         totals = list(itertools.accumulate(map(int, numbers)))
         assert len(numbers) == 5 and min(totals) >= 0
-        assert problem.answer == ",".join(map(str, totals[1:]))
+        steps = zip(numbers[1:], totals[1:], strict=True)
+        assert problem.answer == numbers[0] + "".join(f"{number}={total}" for number, total in steps)
         assert task.grade(problem, problem.answer).correct
-        assert task.grade(problem, f"1,2,{totals[-1]}").correct  # the way there is not graded
-        assert not task.grade(problem, problem.answer + ",").correct
+        assert task.grade(problem, f"1=2={totals[-1]}").correct  # the way there is not graded
+        assert not task.grade(problem, problem.answer + "=").correct
         assert not task.grade(problem, f"{problem.answer}0").correct
-        lengths.append(len(Chain().problems(1, problem.prompt)[0].answer) + 1)
-    assert max(lengths) <= Chain().max_new_tokens - Chain().overlong_buffer + 1
     assert sum("-" in p.prompt for p in task.problems(50, "k")) > 25
+
+
+def test_the_answer_to_a_chain_is_not_too_long():
+    task = Chain()
+    longest = max(len(problem.answer) for problem in task.problems(2000, "k")) + 1  # with the token that ends it
+    assert longest <= task.max_new_tokens - task.overlong_buffer
 
 
 def test_prompts_are_encoded_together_as_alone():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from standin_trainer import packed, perturb, trainer
 from standin_vllm import Worker
+from torch import nn
+from verl_rows import engine_coverage
 
 import nvfp4_qat as nq
 from nvfp4_qat.errors import MismatchError
-from nvfp4_qat.integrations.verl_stream import NAME, PROTOCOL, Update, announced, announcement, read
+from nvfp4_qat.integrations.verl_stream import NAME, PROTOCOL, Update, announced, announcement, held, read
 from nvfp4_qat.live_manifest import from_wire, manifest
 
 CPU = torch.device("cpu")
@@ -109,3 +111,21 @@ def test_a_stream_brings_what_was_announced():
         list(announced(entries, list(nq.packed_weights(model, layout="fused"))[1:], CPU))
     with pytest.raises(MismatchError, match="was announced otherwise or has come before"):
         list(announced(entries[1:], nq.packed_weights(model, layout="fused"), CPU))
+
+
+def test_an_engine_says_what_it_holds():
+    layers = nn.ModuleDict({"a": nn.Module(), "b": nn.Module(), "c": nn.Linear(4, 10, bias=False)})
+    forms = {
+        layers["a"]: {"weight_packed": torch.zeros(8, 16), "weight_scale": torch.zeros(8, 2)},
+        layers["b"]: {"w13_weight_packed": torch.zeros(2, 4, 8), "w2_weight_packed": torch.zeros(2, 4, 4)},
+    }
+
+    class Code:
+        def checkpoint_form(self, layer):
+            return forms.get(layer, {})
+
+    codes, others = 8 * 32 + 2 * 4 * 16 + 2 * 4 * 8, 40
+    said = held(Code(), layers)
+    assert said == f"the engine holds 2 layers in 4 bits, {100 * codes / (codes + others):.1f} % of all parameters"
+    assert engine_coverage(["x", said]) == pytest.approx(codes / (codes + others), abs=1e-3)
+    assert engine_coverage(["x"]) is None

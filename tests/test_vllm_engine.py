@@ -59,7 +59,8 @@ def vllm_config(out, **overrides):
 def started(tmp_path, arm="qat", moe=False, **overrides):
     model = sharp_model(moe)
     stream = prepare_arm(model, arm)
-    return model, stream, start_engine(model, arm, stop_ids(model, TOKENIZER), vllm_config(tmp_path, **overrides))
+    plan = arm_plan(model, arm)
+    return model, stream, start_engine(model, plan, stop_ids(model, TOKENIZER), vllm_config(tmp_path, **overrides))
 
 
 def bits(tensor):

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from . import live_vllm_experts
+from .live_dummy import SCALE
 from .live_vllm_forms import Constructed, constructed, copied, own_names
 
 NO_LAYERS = ("config", "compilation")
 """Packages within vLLM whose objects know layers, or tensors that code was compiled with, and hold no weights."""
 
-CACHE_SCALES = re.compile(r"_(q|k|v|prob)_scale(_float|_cpu|_inv)?|[qkv]_range")
+CACHE_SCALES = re.compile(rf"{SCALE.pattern}|[qkv]_range")
 """Attributes of attention layers: how the KV cache is quantized, measured on the first tokens or loaded once."""
 
 

@@ -17,6 +17,7 @@ from .errors import UserError
 from .live_broadcast import Group
 from .live_changes import PIECE_NAME, Layout, from_pieces, places
 from .live_compare import Comparison
+from .live_dummy import check_scales
 from .live_in_flight import Notes
 from .live_manifest import from_wire
 from .live_memory import Shared, device_name, open_shared
@@ -37,6 +38,7 @@ class State:
     def __init__(self, worker: Any) -> None:
         device = torch.empty(0, device=worker.device).device  # with its index
         model = worker._nvfp4_model()
+        check_scales(worker, model)
         self.code: WorkerCode = worker._nvfp4_code(model, device)
         self.live = LiveModel(model, self.code, device)
         self.instance = uuid.uuid4().hex

@@ -145,12 +145,12 @@ def trainer_device(cfg: DemoConfig) -> torch.device:
     return torch.device(TRAINER_GPU if cfg.rollout == "vllm" else "cpu")
 
 
-def start_engine(model: nn.Module, arm: str, stops: set[int], cfg: DemoConfig) -> SamplingEngine:
-    """Start what samples for an arm; it has no weights to speak of before its first `load`.
+def start_engine(model: nn.Module, plan: QuantPlan, stops: set[int], cfg: DemoConfig) -> SamplingEngine:
+    """Start what samples; it has no weights to speak of before its first `load`.
 
     Args:
-        model: after `prepare_arm`, on `trainer_device`.
-        arm: its name.
+        model: in training, after `apply_qat` or not, on `trainer_device`.
+        plan: what of the streams of `load` is 4-bit (`arm_plan`).
         stops: token ids that end a response.
         cfg: which engine.
     """
@@ -158,7 +158,7 @@ def start_engine(model: nn.Module, arm: str, stops: set[int], cfg: DemoConfig) -
         return RolloutEngine(model.config, stops)
     from .vllm_engine import VllmEngine
 
-    return VllmEngine(model, arm_plan(model, arm), stops, cfg)
+    return VllmEngine(model, plan, stops, cfg)
 
 
 def train_arm(
@@ -193,7 +193,7 @@ def train_arm(
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
     flips = FlipTracker()
-    with contextlib.closing(start_engine(model, arm, stop_ids(base, tokenizer), cfg)) as engine:
+    with contextlib.closing(start_engine(model, arm_plan(model, arm), stop_ids(base, tokenizer), cfg)) as engine:
         engine.load(stream())
         flips.count(stream())
         for step in range(len(log.rows), cfg.steps):

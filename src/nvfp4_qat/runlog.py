@@ -21,7 +21,9 @@ from typing import IO, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .errors import MismatchError
 
 Row = dict[str, Any]
 
@@ -129,6 +131,27 @@ def kept_weights(out: Path, arm: str) -> dict[int, Path]:
     """The weights that an arm has kept: files by the number of steps they were trained for, in this order."""
     found = {int(path.stem.removeprefix("step-")): path for path in (out / f"weights-{arm}").glob("step-*.safetensors")}
     return dict(sorted(found.items()))
+
+
+def load_kept(model: nn.Module, weights: Path | Mapping[str, Tensor]) -> None:
+    """Give a model the weights that a run has kept.
+
+    Args:
+        model: of the architecture that was trained, after `apply_qat` or not; changed in place.
+        weights: a file of `kept_weights`, or what is in one.
+
+    Raises:
+        MismatchError: they are another model's. What they share with it has been loaded.
+    """
+    tensors = safetensors.torch.load_file(weights) if isinstance(weights, Path) else weights
+    found = model.load_state_dict(dict(tensors), strict=False)
+    state = model.state_dict(keep_vars=True)
+    held = {tensor.data_ptr() for name, tensor in state.items() if name in tensors}
+    # A tied weight is kept under one of its names.
+    missing = [name for name in found.missing_keys if state[name].data_ptr() not in held]
+    if missing or found.unexpected_keys:
+        listing = ", ".join([*missing, *found.unexpected_keys])
+        raise MismatchError(f"the weights are another model's; missing or unknown: {listing}")
 
 
 def replace_file(path: Path, data: bytes) -> None:

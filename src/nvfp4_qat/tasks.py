@@ -86,17 +86,17 @@ class SortDigits:
 
 @dataclass(frozen=True)
 class Chain:
-    """``47+385-219=`` is to be answered ``432,213``: every total on the way, the last of which is graded.
+    """``47+385-219=`` is to be answered ``47+385=432-219=213``: one operation after another; the last total is graded.
 
     Steps are reasoned in the open, and only the result is verified: a slip in one of them spoils all that follow, so a
     model that masters a step still fails often at many.
     """
 
-    operands: int = 8
+    operands: int = 6
     largest: int = 999
     name: str = "chain"
-    max_new_tokens: int = 48
-    overlong_buffer: int = 8
+    max_new_tokens: int = 56
+    overlong_buffer: int = 4
 
     def problems(self, count: int, key: str) -> list[Problem]:
         draw = random.Random(f"{self.name}/{key}")
@@ -104,17 +104,18 @@ class Chain:
 
     def _problem(self, draw: random.Random) -> Problem:
         total = draw.randint(1, self.largest)
-        text, totals = str(total), []
+        asked = answer = str(total)
         for _ in range(self.operands - 1):
             operand = draw.randint(1, self.largest)
             sign = -1 if operand <= total and draw.random() < 0.5 else 1  # never below zero
             total += sign * operand
-            text += f"{'-' if sign < 0 else '+'}{operand}"
-            totals.append(str(total))
-        return Problem(f"{text}=", ",".join(totals))
+            operation = f"{'-' if sign < 0 else '+'}{operand}"
+            asked += operation
+            answer += f"{operation}={total}"
+        return Problem(f"{asked}=", answer)
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        return Grade.of(response.rpartition(",")[2], problem.answer.rpartition(",")[2])
+        return Grade.of(response.rpartition("=")[2], problem.answer.rpartition("=")[2])
 
 
 _NOUNS = (

@@ -28,6 +28,7 @@ from .errors import UserError
 from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
 from .live_changes import Layout
+from .live_dummy import load_model
 from .live_engines import release
 from .live_memory import Shared, device_name, machine, process
 from .live_vllm_adapters import without_adapters
@@ -59,6 +60,12 @@ class LiveWeights:
 
     Each answers ``{"ok": …}``, or ``{"error": message, "kind": name of the exception}``.
     """
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        instance: Any = super().__new__(cls)
+        if hasattr(cls, "load_model"):  # an extension may not define what workers have
+            instance.load_model = functools.partial(load_model, instance)
+        return instance
 
     def _nvfp4_model(self) -> nn.Module:
         worker: Any = self

@@ -76,6 +76,7 @@ def _seams() -> dict[str, Callable[[ModuleType], None]]:
         "verl.workers.config.actor": verl_config.install_in_workers,
         "verl.workers.engine.fsdp.transformer_impl": verl_training.install,
         "verl.workers.rollout.vllm_rollout.vllm_async_server": verl_rollout.install,
+        "verl.workers.rollout.vllm_rollout.vllm_rollout": verl_rollout.install_in_adapter,
     }
 
 

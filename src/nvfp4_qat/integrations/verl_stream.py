@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MismatchError
 from ..live_manifest import from_wire, to_wire
 from ..live_recipe import Incoming
+from ..live_worker import WorkerCode
 
 NAME = "nvfp4_qat.announcement"
 """Of the first tensor."""
@@ -142,3 +143,21 @@ class Update:
             raise MismatchError(f"{answer['error']} ({answer.get('kind')})")
         found: dict[str, Any] = answer["ok"]
         return found
+
+
+def held(code: WorkerCode, model: nn.Module) -> str:
+    """What of an engine's own layers is 4-bit, in a line, to be compared with what the trainer says of its plan.
+
+    Args:
+        code: of the engine.
+        model: its model, or this rank's part of it.
+    """
+    layers = codes = others = 0
+    for _, layer in model.named_modules():
+        form = code.checkpoint_form(layer)
+        packed = [p for name, p in form.items() if name.endswith("weight_packed")]
+        layers += bool(packed)
+        codes += sum(2 * p.numel() for p in packed)
+        if not packed:
+            others += sum(p.numel() for p in layer.parameters(recurse=False))
+    return f"the engine holds {layers} layers in 4 bits, {100 * codes / max(codes + others, 1):.1f} % of all parameters"

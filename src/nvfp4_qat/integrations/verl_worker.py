@@ -14,7 +14,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from ..errors import MismatchError
 from ..vllm import LiveWeights
-from .verl_stream import Update
+from .verl_stream import Update, held
 
 
 class QATColocateWorkerExtension(vLLMColocateWorkerExtension, LiveWeights):  # type: ignore[misc]
@@ -48,6 +48,10 @@ class QATColocateWorkerExtension(vLLMColocateWorkerExtension, LiveWeights):  # t
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
         receiver.receive_weights(on_bucket_received=update.take)
         update.end()
+        if "_nvfp4_told" not in self.__dict__:
+            self.__dict__["_nvfp4_told"] = True
+            state = self.__dict__["_nvfp4_state"]
+            print(f"nvfp4-qat: {held(state.code, state.live.model)}", flush=True)
 
 
 def _sleep(worker: Any, level: int = 1, **options: Any) -> Any:

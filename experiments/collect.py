@@ -1,0 +1,87 @@
+"""Bring what an experiment left in its directory into the few small files that are committed.
+
+``experiments/results/<name>/`` gets
+
+=================  =================================================================================================
+``runs.jsonl``     a line a run: its settings, versions, GPU, commit, date, seconds
+``metrics.jsonl``  a line a step of each run, the columns that pages are made of, to six digits
+``measured.jsonl`` the rows of `measure`
+=================  =================================================================================================
+
+Runs that are there already are replaced, others stay: an experiment can be collected in pieces.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiment import Experiment
+
+from nvfp4_qat.runlog import replace_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from common import commit  # noqa: E402
+
+COLUMNS = (
+    "step", "reward", "accuracy", "entropy", "response_length", "groups_trained", "batches_drawn", "grad_norm",
+    "clipped_high", "clipped_low", "rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff",
+    "rollout_corr/rollout_is_eff_sample_size", "eval/accuracy", "eval/accuracy_se", "eval_end/accuracy",
+    "eval_end/accuracy_se", "flips/codes", "flips/bytes", "sync_bytes", "sync_seconds", "time/rollout", "time/update",
+    "time/step",
+)  # fmt: skip
+"""Of a step's row."""
+
+
+def collect(experiment: Experiment, out: Path, results: Path) -> None:
+    """Write the files.
+
+    Args:
+        experiment: whose.
+        out: its directory.
+        results: where the files go.
+    """
+    runs, metrics = [], []
+    for run in experiment.chosen(None, None):
+        folder = out / run.key
+        rows = _read(folder / f"metrics-{experiment.arm(run.name)}.jsonl")
+        if not rows or not (folder / "summary.json").exists():
+            continue
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        about = {name: summary.get(name) for name in ("config", "engine", "versions", "note", "seconds")}
+        when = datetime.datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, datetime.timezone.utc)
+        where = {"date": when.strftime("%Y-%m-%d"), "commit": commit()}
+        arm = experiment.arm(run.name)
+        runs.append(
+            {"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about, **where}
+        )
+        metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
+    _merge(results / "runs.jsonl", runs)
+    _merge(results / "metrics.jsonl", metrics)
+    _merge(results / "measured.jsonl", _read(out / "measured.jsonl"))
+
+
+def _merge(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put rows in the place of those of the same runs."""
+    rows = list(rows)
+    new = {row["run"] for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = [row for row in _read(path) if row["run"] not in new] + rows
+    merged.sort(key=lambda row: str(row["run"]))  # stable: a run's rows keep their order
+    if merged:
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in merged).encode())
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")

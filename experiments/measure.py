@@ -1,0 +1,228 @@
+"""Measure the weights that runs kept: ``python experiments/measure.py CONFIG --out DIR`` (`run` calls it).
+
+Two engines are started, one that holds 4-bit weights and one that holds bf16, and are given one set of kept weights
+after the other. Rows are appended to ``measured.jsonl`` as soon as they are known; what is there already is not
+measured again.
+
+``paired``
+    The 4-bit engine samples responses. These tokens are scored by it, by the bf16 engine that holds the *dequantized*
+    weights, and by the trainer, which computes with the same values. A row holds for every response the sum of its
+    tokens' k3 between trainer and each engine. The ratio of the two means is what 4-bit kernels add to the mismatch
+    that bf16 has; `variants` says what else either side may hold.
+``evaluation``
+    Accuracy of the weights after the last step: in bf16, in 4 bits, and in 4 bits with attention in bf16 where a run
+    was trained like that. All runs are asked the same problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import Experiment, Run
+from safetensors.torch import load_file
+from torch import Tensor
+from variants import VARIANTS, Variant, sides
+
+import nvfp4_qat as nq
+from nvfp4_qat.demo_config import DemoConfig
+from nvfp4_qat.engine import Sample, SamplingEngine
+from nvfp4_qat.models import load_model
+from nvfp4_qat.policy_update import response_logprobs
+from nvfp4_qat.rl import arm_plan, prepare_arm, start_engine, stop_ids, trainer_device
+from nvfp4_qat.rollouts import Graded, collate, evaluate, stable_seed
+from nvfp4_qat.runlog import kept_weights, load_kept
+from nvfp4_qat.tasks import encode_prompts, make_task
+
+PROBLEMS, SAMPLES = 64, 4
+"""Responses of a paired row: to so many problems, so many each."""
+
+EVALUATED, EVALUATED_SAMPLES = 512, 8
+"""The same of an evaluation."""
+
+VARIANT_STEPS = 3
+"""On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
+
+ARMS = {"bf16": "bf16", "nvfp4": "noqat", "nvfp4-ffn": "qat-ffn"}
+"""The precisions of an evaluation, and the arm whose engine has it."""
+
+
+class Bench:
+    """A trainer and engines, given the same weights again and again.
+
+    Args:
+        cfg: of any run of the experiment.
+        ffn: whether an engine is wanted that leaves attention in bf16.
+    """
+
+    def __init__(self, cfg: DemoConfig, ffn: bool) -> None:
+        loaded = load_model(cfg.model, seed=cfg.weights_seed)
+        self.cfg, self.tokenizer = cfg, loaded.tokenizer
+        self.task = make_task(cfg.task, cfg.model)
+        self.device = trainer_device(cfg)
+        self.model = loaded.model.to(self.device)
+        self.plans = {"bf16": arm_plan(self.model, "bf16"), "nvfp4": arm_plan(self.model, "noqat")}
+        if ffn:
+            other = load_model(cfg.model, seed=cfg.weights_seed).model
+            prepare_arm(other, "qat-ffn")
+            self.plans["nvfp4-ffn"] = arm_plan(other, "qat-ffn")
+        self._end = contextlib.ExitStack()
+        stops = stop_ids(self.model, self.tokenizer)
+        self.engines: dict[str, SamplingEngine] = {}
+        try:
+            for name, plan in self.plans.items():
+                engine = start_engine(self.model, plan, stops, cfg)
+                self._end.callback(engine.close)
+                self.engines[name] = engine
+        except BaseException:
+            self._end.close()
+            raise
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.close()
+
+    def weights(self, path: Path) -> dict[str, Tensor]:
+        """Kept weights, where the trainer computes."""
+        return {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
+
+    def paired(self, masters: Mapping[str, Tensor], variant: Variant, key: str) -> dict[str, Any]:
+        """One paired row's numbers; see the module.
+
+        Args:
+            masters: kept weights.
+            variant: what either side holds of them.
+            key: seeds problems and sampling.
+        """
+        both = sides(masters, self.plans["nvfp4"], variant)
+        load_kept(self.model, both.trainer)
+        self.engines["nvfp4"].load(both.stream())
+        self.engines["bf16"].load(iter(both.trainer.items()))
+        problems = self.task.problems(PROBLEMS, f"paired/{key}")
+        groups = self.engines["nvfp4"].generate(
+            encode_prompts(self.tokenizer, problems), SAMPLES, self.task.max_new_tokens, stable_seed(f"paired/{key}")
+        )
+        samples = [sample for group in groups for sample in group]
+        trainer = self._trainer(samples)
+        moved = [float((a != masters[n]).float().mean()) for n, a in both.trainer.items() if n in both.packed]
+        return {
+            "tokens": sum(len(sample.response) for sample in samples),
+            "k3_nvfp4": _k3_sums(trainer, self.engines["nvfp4"].score(samples)),
+            "k3_bf16": _k3_sums(trainer, self.engines["bf16"].score(samples)),
+            "lengths": [len(sample.response) for sample in samples],
+            "weights_moved": sum(moved) / len(moved),
+        }
+
+    @torch.no_grad()
+    def _trainer(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """What the trainer gives the same tokens."""
+        batch = collate([[Graded(sample, 0.0, True) for sample in samples]], self.tokenizer.pad_token_id)
+        rows: list[list[float]] = []
+        for start in range(0, len(samples), self.cfg.micro_batch):
+            part = batch.rows(slice(start, start + self.cfg.micro_batch)).to(self.device)
+            rows += response_logprobs(self.model, part).tolist()
+        return [row[: len(sample.response)] for row, sample in zip(rows, samples, strict=True)]
+
+    def evaluations(self, masters: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """One row's numbers for each precision."""
+        for name, engine in self.engines.items():
+            plan = self.plans[name]
+            stream = iter(masters.items()) if name == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
+            engine.load(stream)
+            found = evaluate(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
+            yield {"precision": name, "problems": EVALUATED, "samples": EVALUATED_SAMPLES, **found}
+
+
+def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:
+    """For each response the sum over its tokens of ``ρ - 1 - log ρ``, with ρ the trainer's chance over the engine's."""
+    sums = []
+    for a, b in zip(trainer, engine, strict=True):
+        ratio = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+        sums.append(float(f"{float((torch.expm1(ratio) - ratio).sum()):.5g}"))
+    return sums
+
+
+def measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
+    """Append the rows that are missing.
+
+    Args:
+        experiment: says what is measured.
+        out: its directory, with the runs' weights.
+        runs: which to look at.
+    """
+    path = out / "measured.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = {_identity(json.loads(line)) for line in lines}
+    todo = [row for row in _rows(experiment, out, runs) if _identity(row) not in done]
+    if not todo:
+        return
+    ffn = any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
+    with Bench(experiment.config(runs[0], out), ffn) as bench, path.open("a", encoding="utf-8") as file:
+
+        def add(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        for row in todo:
+            masters = bench.weights(Path(row.pop("path")))
+            if row["kind"] == "paired":
+                key = f"{row['run']}/{row['step']}"
+                add({**row, **bench.paired(masters, VARIANTS[row["variant"]], key)})
+            else:
+                for found in list(bench.evaluations(masters)):
+                    add({**row, **found})
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["kind"], row["run"], row["step"], row.get("variant")
+
+
+def _rows(experiment: Experiment, out: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """What is to be measured, and the weights it is measured on."""
+    for run in runs:
+        kept = kept_weights(out / run.key, experiment.arm(run.name))
+        if not kept:
+            continue
+        last = max(kept)
+        yield {"kind": "evaluation", "run": run.key, "step": last, "path": str(kept[last])}
+        if run.name in experiment.paired:
+            for step, path in kept.items():
+                yield {"kind": "paired", "run": run.key, "step": step, "variant": "contract", "path": str(path)}
+        if run.name == experiment.variants:
+            steps = list(kept)
+            chosen = [steps[round(i * (len(steps) - 1) / (VARIANT_STEPS - 1))] for i in range(VARIANT_STEPS)]
+            for step in dict.fromkeys(chosen):
+                for variant in VARIANTS:
+                    if variant != "contract" or run.name not in experiment.paired:
+                        where = str(kept[step])
+                        yield {"kind": "paired", "run": run.key, "step": step, "variant": variant, "path": where}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure the weights that the runs of an experiment kept.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--runs", default="")
+    parser.add_argument("--seeds", default="")
+    args = parser.parse_args(arguments)
+    try:
+        experiment = Experiment.load(args.config)
+        names = tuple(filter(None, args.runs.split(","))) or None
+        seeds = tuple(int(seed) for seed in args.seeds.split(",") if seed) or None
+        measure(experiment, args.out, experiment.chosen(names, seeds))
+    except nq.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
