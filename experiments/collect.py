@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Experiment
+from rows import read
 
 from nvfp4_qat.runlog import replace_file
 
@@ -49,7 +50,7 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
     runs, metrics = [], []
     for run in experiment.chosen(None, None):
         folder = out / run.key
-        rows = _read(folder / f"metrics-{experiment.arm(run.name)}.jsonl")
+        rows = read(folder / f"metrics-{experiment.arm(run.name)}.jsonl")
         if not rows or not (folder / "summary.json").exists():
             continue
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -63,7 +64,8 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
     _merge(results / "runs.jsonl", runs)
     _merge(results / "metrics.jsonl", metrics)
-    _merge(results / "measured.jsonl", _read(out / "measured.jsonl"))
+    measured = [row for path in sorted(out.glob("measured-s*.jsonl")) for row in read(path)]
+    _merge(results / "measured.jsonl", measured)
 
 
 def _merge(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,16 +73,10 @@ def _merge(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     new = {row["run"] for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = [row for row in _read(path) if row["run"] not in new] + rows
+    merged = [row for row in read(path) if row["run"] not in new] + rows
     merged.sort(key=lambda row: str(row["run"]))  # stable: a run's rows keep their order
     if merged:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in merged).encode())
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def _short(value: float) -> float:

@@ -1,7 +1,7 @@
 """Measure the weights that runs kept: ``python experiments/measure.py CONFIG --out DIR`` (`run` calls it).
 
 Two engines are started, one that holds 4-bit weights and one that holds bf16, and are given one set of kept weights
-after the other. Rows are appended to ``measured.jsonl`` as soon as they are known; what is there already is not
+after the other. Rows are appended to ``measured-s<seed>.jsonl`` as soon as they are known; what is there already is not
 measured again.
 
 ``paired``
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from experiment import Experiment, Run
+from rows import read
 from safetensors.torch import load_file
 from torch import Tensor
 from variants import VARIANTS, Variant, sides
@@ -40,6 +40,10 @@ from nvfp4_qat.rollouts import Graded, collate, evaluate, stable_seed
 from nvfp4_qat.runlog import kept_weights, load_kept
 from nvfp4_qat.tasks import encode_prompts, make_task
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from common import append  # noqa: E402
+
 PROBLEMS, SAMPLES = 64, 4
 """Responses of a paired row: to so many problems, so many each."""
 
@@ -48,9 +52,6 @@ EVALUATED, EVALUATED_SAMPLES = 512, 8
 
 VARIANT_STEPS = 3
 """On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
-
-ARMS = {"bf16": "bf16", "nvfp4": "noqat", "nvfp4-ffn": "qat-ffn"}
-"""The precisions of an evaluation, and the arm whose engine has it."""
 
 
 class Bench:
@@ -150,6 +151,11 @@ def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float
     return sums
 
 
+def measured_file(out: Path, seed: int) -> Path:
+    """Where the rows of a seed's runs are: processes that measure at the same time write files of their own."""
+    return out / f"measured-s{seed}.jsonl"
+
+
 def measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
     """Append the rows that are missing.
 
@@ -158,52 +164,43 @@ def measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
         out: its directory, with the runs' weights.
         runs: which to look at.
     """
-    path = out / "measured.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {_identity(json.loads(line)) for line in lines}
-    todo = [row for row in _rows(experiment, out, runs) if _identity(row) not in done]
+    done = {_identity(row) for seed in {run.seed for run in runs} for row in read(measured_file(out, seed))}
+    todo = [(run, row) for run in runs for row in _rows(experiment, out, run) if _identity(row) not in done]
     if not todo:
         return
     ffn = any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
-    with Bench(experiment.config(runs[0], out), ffn) as bench, path.open("a", encoding="utf-8") as file:
-
-        def add(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        for row in todo:
+    with Bench(experiment.config(runs[0], out), ffn) as bench:
+        for run, row in todo:
             masters = bench.weights(Path(row.pop("path")))
             if row["kind"] == "paired":
-                key = f"{row['run']}/{row['step']}"
-                add({**row, **bench.paired(masters, VARIANTS[row["variant"]], key)})
+                found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
             else:
-                for found in list(bench.evaluations(masters)):
-                    add({**row, **found})
+                found = list(bench.evaluations(masters))
+            append(measured_file(out, run.seed), [{**row, **numbers} for numbers in found])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["kind"], row["run"], row["step"], row.get("variant")
 
 
-def _rows(experiment: Experiment, out: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """What is to be measured, and the weights it is measured on."""
-    for run in runs:
-        kept = kept_weights(out / run.key, experiment.arm(run.name))
-        if not kept:
-            continue
-        last = max(kept)
-        yield {"kind": "evaluation", "run": run.key, "step": last, "path": str(kept[last])}
-        if run.name in experiment.paired:
-            for step, path in kept.items():
-                yield {"kind": "paired", "run": run.key, "step": step, "variant": "contract", "path": str(path)}
-        if run.name == experiment.variants:
-            steps = list(kept)
-            chosen = [steps[round(i * (len(steps) - 1) / (VARIANT_STEPS - 1))] for i in range(VARIANT_STEPS)]
-            for step in dict.fromkeys(chosen):
-                for variant in VARIANTS:
-                    if variant != "contract" or run.name not in experiment.paired:
-                        where = str(kept[step])
-                        yield {"kind": "paired", "run": run.key, "step": step, "variant": variant, "path": where}
+def _rows(experiment: Experiment, out: Path, run: Run) -> Iterator[dict[str, Any]]:
+    """What is to be measured of a run, and the weights it is measured on."""
+    kept = kept_weights(out / run.key, experiment.arm(run.name))
+    if not kept:
+        return
+    last = max(kept)
+    yield {"kind": "evaluation", "run": run.key, "step": last, "path": str(kept[last])}
+    if run.name in experiment.paired:
+        for step, path in kept.items():
+            yield {"kind": "paired", "run": run.key, "step": step, "variant": "contract", "path": str(path)}
+    if run.name == experiment.variants:
+        steps = list(kept)
+        chosen = [steps[round(i * (len(steps) - 1) / (VARIANT_STEPS - 1))] for i in range(VARIANT_STEPS)]
+        for step in dict.fromkeys(chosen):
+            for variant in VARIANTS:
+                if variant != "contract" or run.name not in experiment.paired:
+                    where = str(kept[step])
+                    yield {"kind": "paired", "run": run.key, "step": step, "variant": variant, "path": where}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file; none where there is no file."""
+    """Rows of a file; none where there is no file. A line that is still being written is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 @dataclass(frozen=True)

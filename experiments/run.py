@@ -11,13 +11,13 @@ GPUs, times ``--per-gpu``. The model is warmed up once before, and what the fini
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from collect import collect
 from experiment import Experiment, Run
+from measure import measured_file
+from rows import read
 
 from nvfp4_qat.demo import run_demo
 from nvfp4_qat.errors import UserError
@@ -52,29 +54,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.one is not None:
             return _one(experiment, out, args.one)
         runs = experiment.chosen(args.runs, args.seeds)
-        deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
-        slots = [gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()]
-        script = Path(__file__)
-        common = [str(args.config), "--out", str(out)]
-        if not _ended([*common, "--one", "warm-up"], script, slots[0], out, "warm-up", deadline):
-            return UNFINISHED
-        if not Pool(slots, common, out, deadline).run(experiment, runs):
-            return UNFINISHED
-        if experiment.paired or experiment.variants:
-            measure = script.with_name("measure.py")
-            chosen = [
-                "--seeds",
-                ",".join(map(str, args.seeds or experiment.seeds)),
-                "--runs",
-                ",".join(args.runs or ()),
-            ]
-            if not _ended([*common, *chosen], measure, slots[0], out, "measure", deadline):
-                return UNFINISHED
+        deadline = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
+        pool = Pool([gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()], out, deadline)
+        done = all(pool.finish(tasks, say) for tasks, say in _stages(experiment, runs, args.config, out))
         collect(experiment, out, args.results / experiment.name)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if done else UNFINISHED
+
+
+def _stages(
+    experiment: Experiment, runs: Sequence[Run], config: Path, out: Path
+) -> Iterator[tuple[list[Task], Callable[[], str]]]:
+    """What has to be finished before the next begins, and what is told meanwhile."""
+    script, common = Path(__file__).resolve(), [str(config), "--out", str(out)]
+    yield [Task("warm-up", script, [*common, "--one", "warm-up"])], lambda: "warm-up"
+    waiting = [run for run in runs if not _finished(experiment, run, out)]
+    tasks = [Task(run.key, script, [*common, "--one", run.key]) for run in waiting]
+    yield tasks, lambda: " | ".join(_state(experiment, run, out) for run in runs)
+    if experiment.paired or experiment.variants:
+        names, measure = ",".join(dict.fromkeys(run.name for run in runs)), script.with_name("measure.py")
+        seeds = list(dict.fromkeys(run.seed for run in runs))
+        which = {seed: [*common, "--runs", names, "--seeds", str(seed)] for seed in seeds}
+        told = [measured_file(out, seed) for seed in seeds]
+        yield (
+            [Task(f"measure-s{seed}", measure, which[seed]) for seed in seeds],
+            lambda: " | ".join(f"{path.stem} {len(read(path))} rows" for path in told),
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,128 +140,112 @@ def _split(key: str) -> tuple[str, int]:
 # --- and around them -------------------------------------------------------------------------------------------------
 
 
-def _environment(gpu: str, share: int) -> dict[str, str]:
-    """Of a process that sees one GPU and takes its share of the cores."""
-    threads = max(1, min(8, (os.cpu_count() or 1) // share))
-    seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-    return {**os.environ, **seen, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+@dataclass(frozen=True)
+class Task:
+    """A process: its name, which its log has too, a script, and the script's arguments."""
 
-
-def _start(arguments: list[str], script: Path, gpu: str, share: int, log: Path) -> subprocess.Popen[bytes]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(script), *arguments]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(gpu, share), start_new_session=True
-        )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let a process write what it has, and end it with all that it started."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _ended(arguments: list[str], script: Path, gpu: str, out: Path, name: str, deadline: float | None) -> bool:
-    """Run one process to its end; False if there was not enough time.
-
-    Raises:
-        UserError: it failed.
-    """
-    log = out / "logs" / f"{name}.log"
-    process = _start(arguments, script, gpu, 1, log)
-    try:
-        code = process.wait(None if deadline is None else max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        _stop(process)
-        print(f"{name}: not finished", flush=True)
-        return False
-    except KeyboardInterrupt:
-        _stop(process)
-        raise
-    if code:
-        raise UserError(f"{name} failed; the end of {log}:\n{_tail(log)}")
-    print(f"{name}: done", flush=True)
-    return True
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    name: str
+    script: Path
+    arguments: list[str]
 
 
 @dataclass
 class Pool:
-    """Runs that take turns on GPUs.
+    """Processes that take turns on GPUs.
 
     Args:
-        slots: the GPU of each run that can be under way at a time.
-        common: arguments that all runs get.
+        slots: the GPU of each that can be under way at a time.
         out: the experiment's directory.
-        deadline: of `time.monotonic`; None: there is none.
+        deadline: of `time.monotonic`.
     """
 
     slots: list[str]
-    common: list[str]
     out: Path
-    deadline: float | None
+    deadline: float
 
-    def run(self, experiment: Experiment, runs: Sequence[Run]) -> bool:
-        """Finish runs; False if there was not enough time.
+    def finish(self, tasks: Sequence[Task], say: Callable[[], str]) -> bool:
+        """Run processes to their ends; False if there was not enough time.
+
+        Args:
+            tasks: in the order in which they start.
+            say: what to print now and then.
 
         Raises:
             UserError: one failed. The others have been ended in order.
         """
-        waiting = [run for run in runs if not self._finished(experiment, run)]
-        free, busy = list(self.slots), dict[str, tuple[subprocess.Popen[bytes], str]]()
+        waiting, free, busy = list(tasks), list(self.slots), dict[str, tuple[subprocess.Popen[bytes], str]]()
         looked = time.monotonic()
         try:
             while waiting or busy:
+                if time.monotonic() > self.deadline - GRACE:
+                    return False
                 while waiting and free:
-                    run, gpu = waiting.pop(0), free.pop(0)
-                    log = self.out / "logs" / f"{run.key}.log"
-                    arguments = [*self.common, "--one", run.key]
-                    busy[run.key] = _start(arguments, Path(__file__), gpu, len(self.slots), log), gpu
+                    task, gpu = waiting.pop(0), free.pop(0)
+                    busy[task.name] = self._started(task, gpu), gpu
                 time.sleep(0.5)
-                for key, (process, gpu) in list(busy.items()):
+                for name, (process, gpu) in list(busy.items()):
                     if process.poll() is not None:
-                        if process.returncode:
-                            raise UserError(f"{key} failed:\n{_tail(self.out / 'logs' / f'{key}.log')}")
-                        del busy[key]
+                        del busy[name]
                         free.append(gpu)
+                        if process.returncode:
+                            log = self._log(name)
+                            raise UserError(f"{name} failed; the end of {log}:\n{_tail(log)}")
                 if time.monotonic() - looked > LOOK_EVERY:
                     looked = time.monotonic()
-                    print(" | ".join(self._state(experiment, run) for run in runs), flush=True)
-                if self.deadline is not None and time.monotonic() > self.deadline - GRACE:
-                    return False
+                    print(say(), flush=True)
         finally:
             for process, _ in busy.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)  # all of them first: they end at the same time
             for process, _ in busy.values():
                 _stop(process)
-            print(" | ".join(self._state(experiment, run) for run in runs), flush=True)
+            print(say(), flush=True)
         return True
 
-    def _rows(self, experiment: Experiment, run: Run) -> list[dict[str, Any]]:
-        path = self.out / run.key / f"metrics-{experiment.arm(run.name)}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+    def _log(self, name: str) -> Path:
+        return self.out / "logs" / f"{name}.log"
 
-    def _finished(self, experiment: Experiment, run: Run) -> bool:
-        steps = experiment.config(run, self.out).steps
-        return len(self._rows(experiment, run)) >= steps and (self.out / run.key / "summary.json").exists()
+    def _started(self, task: Task, gpu: str) -> subprocess.Popen[bytes]:
+        log = self._log(task.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(1, min(8, (os.cpu_count() or 1) // len(self.slots)))
+        seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        environment = {**os.environ, **seen, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, str(task.script), *task.arguments]
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
-    def _state(self, experiment: Experiment, run: Run) -> str:
-        rows = self._rows(experiment, run)
-        if not rows:
-            return f"{run.key} –"
-        last = rows[-1]
-        kl, seconds = last["rollout_corr/k3_kl"], last["time/step"]
-        return f"{run.key} {len(rows)} r {last['reward']:+.2f} k3 {kl:.1e} {seconds:.1f}s"
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a process write what it has, and end it with all that it started."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _rows(experiment: Experiment, run: Run, out: Path) -> list[dict[str, Any]]:
+    return read(out / run.key / f"metrics-{experiment.arm(run.name)}.jsonl")
+
+
+def _finished(experiment: Experiment, run: Run, out: Path) -> bool:
+    steps = experiment.config(run, out).steps
+    return len(_rows(experiment, run, out)) >= steps and (out / run.key / "summary.json").exists()
+
+
+def _state(experiment: Experiment, run: Run, out: Path) -> str:
+    rows = _rows(experiment, run, out)
+    if not rows:
+        return f"{run.key} –"
+    last = rows[-1]
+    kl, seconds = last["rollout_corr/k3_kl"], last["time/step"]
+    return f"{run.key} {len(rows)} r {last['reward']:+.2f} k3 {kl:.1e} {seconds:.1f}s"
 
 
 if __name__ == "__main__":

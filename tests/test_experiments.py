@@ -53,16 +53,18 @@ def finished(tmp_path_factory):
         for name in ("PROBLEMS", "SAMPLES", "EVALUATED", "EVALUATED_SAMPLES"):
             patch.setattr(measure, name, 3)
         # In this process, so that the numbers above hold; the other steps are processes of their own.
-        patch.setattr(run, "_ended", ended_here(run._ended))
+        patch.setattr(run.Pool, "finish", finished_here(run.Pool.finish))
         assert run.main(command) == 0
     return folder
 
 
-def ended_here(ended):
-    def _ended(arguments, script, *others):
-        return measure.main(arguments) == 0 if script.name == "measure.py" else ended(arguments, script, *others)
+def finished_here(finish):
+    def finished(pool, tasks, say):
+        if all(task.script.name == "measure.py" for task in tasks):
+            return all(measure.main(task.arguments) == 0 for task in tasks)
+        return finish(pool, tasks, say)
 
-    return _ended
+    return finished
 
 
 def read(path):
@@ -114,10 +116,12 @@ def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "time", Clock)
         command = [str(tmp_path / "long.yaml"), "--out", str(out), "--runs", "bf16", "--minutes", "100"]
-        assert run.main(command) == run.UNFINISHED
+        assert run.main([*command, "--results", str(tmp_path / "results")]) == run.UNFINISHED
     rows = read(metrics)
     assert rows and json.loads((out / "bf16-s0" / "summary.json").read_text())["interrupted"] is True
     assert (out / "bf16-s0" / "checkpoint-bf16.pt").exists()
+    (row,) = read(tmp_path / "results" / "long" / "runs.jsonl")  # what there is has been collected
+    assert row["steps"] == len(rows)
 
 
 def test_a_run_that_fails_is_named_with_the_end_of_its_log(tmp_path, capsys):
