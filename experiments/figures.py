@@ -30,7 +30,7 @@ PAGE, FOLDER = "experiments.md", "experiments"
 PANELS = (
     ("rollout_corr/k3_kl", "k3 KL between rollout and trainer", True),
     ("reward", "mean reward", False),
-    ("eval/accuracy", "accuracy on held-out problems, own precision", False),
+    ("eval/accuracy", "held-out accuracy in own precision", False),
     ("entropy", "entropy, nats a token", False),
     ("grad_norm", "gradient norm before clipping", True),
     ("flips/codes", "4-bit codes that a step changes", True),
@@ -55,7 +55,7 @@ def draw_curves(results: Results, names: Sequence[str], path: Path) -> None:
             axes.set_yscale("log")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, which="both")
         axes.grid(True, color="#e3e6ea", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -40,8 +40,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("place", ["alone", "rank1of2"])
 @pytest.mark.parametrize("family", some("qwen3", "qwen2", "qwen3-moe"))
 def test_updated_model_equals_a_fresh_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.environ["VLLM_SOURCES"] >= "0.33" and engine.family.name == "qwen3-moe":
-        pytest.xfail("0.33 looks for experts' weights elsewhere if there is LoRA: such an engine refuses the update")
+    if os.environ["VLLM_SOURCES"] >= "0.26" and engine.family.name == "qwen3-moe":
+        pytest.xfail("from 0.26 vLLM has experts' weights elsewhere if there is LoRA: an engine refuses the update")
     model = engine.model(engine.family.checkpoint(0))
     assert without_adapters(model) is model
     wrap(model, engine.config, monkeypatch)
