@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gpus() -> list[str]:
-    """Numbers of the GPUs there are; one empty word where there is none, and what is computed stays on the CPU."""
+    """The GPUs that this process may use; one empty word where there is none, and what is computed stays on the CPU."""
+    if visible := [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]:
+        return visible
     return [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 

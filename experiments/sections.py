@@ -131,7 +131,7 @@ def _comparison(title: str, results: Results, names: Sequence[str], picture: str
                 name,
                 f"{len(kl[name])} × {min(map(len, kl[name]))}",
                 _with(mean_of_runs(kl[name]), small),
-                "1" if name == base or base is None else _with(ratio_of_runs(kl[name], kl[base]), _times),
+                "–" if base is None else "1" if name == base else _with(ratio_of_runs(kl[name], kl[base]), _times),
                 _with(reward, lambda value: f"{value:+.3f}"),
                 _percent(ends),
                 byte_size(results.columns(name, "sync_bytes")[0][-1]),

@@ -222,6 +222,14 @@ def test_a_file_that_is_wrong_says_how(tmp_path, text, message):
         Experiment.load(path)
 
 
+def test_gpus_are_those_that_the_command_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert run._gpus() == ["5", "7"]
+
+
 def test_runs_are_chosen_by_name_and_seed(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("model: tiny\nseeds: [0, 3]\nruns: {a: {arm: qat}, b: {arm: bf16}}")
