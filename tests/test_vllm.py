@@ -90,10 +90,10 @@ def test_each_token_of_a_kept_request_has_the_version_that_made_it(case: str, ru
 
 def test_no_forward_has_mixed_weights_when_trainers_are_killed_at_random_moments() -> None:
     found = result("vllm_kill.py", 30, seconds=900)
-    assert found["moments"] == 30 and found["broken_off"] >= 5
+    assert found["moments"] >= 30 and found["broken_off"] >= 10
     assert found["forwards"] > 100 and found["forwards_of_mixtures"] == 0
     assert found["errors"] == [] and found["answered"] > 30
-    assert len(found["recovery_seconds"]) == 30
+    assert len(found["recovery_seconds"]) == found["moments"]
 
 
 @pytest.mark.parametrize(

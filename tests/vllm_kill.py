@@ -31,6 +31,9 @@ from vllm_checks import WATCHED
 import nvfp4_qat as nq
 from nvfp4_qat.live_http import HttpEngine
 
+BROKEN = 10
+"""Updates that have to be broken off: there are more moments, up to four times as many, until there are so many."""
+
 AHEAD = 6
 """Trainers that are being started while others run: that takes longest."""
 
@@ -177,7 +180,9 @@ def killed(moments: int) -> dict[str, Any]:
             current.starts(0)
             seconds = float(current.says("sent")[1])
             complete |= set(engine.call("watched_now"))
-            for step in range(1, moments + 1):
+            for step in range(1, 4 * moments + 1):
+                if step > moments and broken >= BROKEN:
+                    break
                 waiting.append(Trainer(url, log))
                 delays.append(rng.uniform(0, 1.2 * seconds))
                 current.starts(step)
