@@ -203,7 +203,7 @@ def killed(moments: int) -> dict[str, Any]:
                 t.kill()
     errors = [reason for reason in users.finished if reason.startswith("error")]
     return {
-        "moments": moments, "broken_off": broken, "steps": len(complete), "forwards": sum(seen.values()),
+        "moments": len(delays), "broken_off": broken, "steps": len(complete), "forwards": sum(seen.values()),
         "forwards_of_mixtures": sum(n for which, n in seen.items() if which not in complete),
         "answered": sum(reason in ("stop", "length") for reason in users.finished),
         "aborted": sum(reason == "abort" for reason in users.finished), "errors": errors[:5],
