@@ -57,11 +57,11 @@ def cells(row: Row, runs: Sequence[Row]) -> list[str]:
     gain = number(alike["noqat"][K3]) / k3 if row["arm"] == "qat" and "noqat" in alike else math.nan
     # What is streamed is what the trainer computes with, but for the comparison without QAT.
     trained = number(row["qat/coverage"] or 0.0) if row["arm"] == "qat" else 0.0
-    shares = [percent(trained), percent(number(row.get("qat/engine_coverage") or 0.0))]
+    shares = [f"{100 * share:.1f} %" for share in (trained, number(row.get("qat/engine_coverage") or 0.0))]
     seconds = [small(number(row[name])) for name in ("timing_s/step", "timing_s/update_weights")]
     return [
         *about(row), str(row["steps"]), small(k3), f"**{ratio(gain)}**" if known(gain) else small(gain),
-        " / ".join(shares), byte_size(number(row["qat/sync_bytes"])), *seconds,
+        "–" if row["arm"] == "bf16" else " / ".join(shares), byte_size(number(row["qat/sync_bytes"])), *seconds,
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from standin_trainer import packed, perturb, trainer
@@ -114,7 +116,11 @@ def test_a_stream_brings_what_was_announced():
 
 
 def test_an_engine_says_what_it_holds():
-    layers = nn.ModuleDict({"a": nn.Module(), "b": nn.Module(), "c": nn.Linear(4, 10, bias=False)})
+    layers = nn.ModuleDict(
+        {"a": nn.Module(), "b": nn.Module(), "c": nn.Linear(4, 10, bias=False), "d": nn.Linear(4, 64)}
+    )
+    # vLLM's vocabulary of 49 tokens, two of them added by LoRA, of which 64 rows are kept.
+    layers["d"].shard_indices = SimpleNamespace(num_elements_padded=64, num_org_elements=47, num_added_elements=2)
     forms = {
         layers["a"]: {"weight_packed": torch.zeros(8, 16), "weight_scale": torch.zeros(8, 2)},
         layers["b"]: {"w13_weight_packed": torch.zeros(2, 4, 8), "w2_weight_packed": torch.zeros(2, 4, 4)},
@@ -124,8 +130,12 @@ def test_an_engine_says_what_it_holds():
         def checkpoint_form(self, layer):
             return forms.get(layer, {})
 
-    codes, others = 8 * 32 + 2 * 4 * 16 + 2 * 4 * 8, 40
+    layers["e"] = nn.Linear(4, 10, bias=False)
+    layers["e"].weight = layers["c"].weight
+    layers["f"] = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
+    codes, others = 8 * 32 + 2 * 4 * 16 + 2 * 4 * 8, 40 + 49 * 5 + 1
     said = held(Code(), layers)
-    assert said == f"the engine holds 2 layers in 4 bits, {100 * codes / (codes + others):.1f} % of all parameters"
+    share = f"{100 * codes / (codes + others):.1f} % of all parameters"
+    assert said == f"the engine holds 2 layers in 4 bits, {codes} parameters, {share}"
     assert engine_coverage(["x", said]) == pytest.approx(codes / (codes + others), abs=1e-3)
     assert engine_coverage(["x"]) is None

@@ -1,10 +1,10 @@
 """verl with Ray, FSDP and vLLM on GPUs: ``python tests/verl_grpo.py ARM MODEL OUT [KEY=VALUE ...]``.
 
-ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense`` or ``moe``. A small Qwen3
-(`verl_task`) goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are there; a folder
-for the run, with verl's log and all of its metrics; and what is kept of these, ``row-*.json`` and ``metrics-*.jsonl``
-(`verl_rows`). At the end stands one line of JSON that begins with RESULT. What stands behind OUT is for verl's command
-line.
+ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense``, ``moe`` or ``small``, a
+Qwen3 (`verl_task`) that goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are
+there; a folder for the run, with verl's log and all of its metrics; and what is kept of these, ``row-*.json`` and
+``metrics-*.jsonl`` (`verl_rows`). At the end stands one line of JSON that begins with RESULT. What stands behind OUT is
+for verl's command line.
 
 Options by environment: STEPS (15), STRATEGY (fsdp2), GPUS (1), TP (1), CPUS (what a run needs) for Ray, NAME (a word
 for the files, where other overrides would give them the same name).

@@ -29,7 +29,7 @@ MEANS = (
 MEDIANS = ("timing_s/step", "timing_s/gen", "timing_s/old_log_prob", "timing_s/update_actor", "timing_s/update_weights")
 """The first steps compile kernels, so a mean of seconds would say nothing."""
 
-ENGINE = re.compile(r"the engine holds \d+ layers in 4 bits, ([0-9.]+) % of all parameters")
+ENGINE = re.compile(r"the engine holds \d+ layers in 4 bits, (?:[0-9,]+ parameters, )?([0-9.]+) % of all parameters")
 """What a worker of the engine says after its first update."""
 
 PACKAGES = ("nvfp4-qat", "verl", "vllm", "torch", "transformers", "ray")

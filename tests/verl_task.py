@@ -13,15 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
-"""And what transformers calls them."""
+MODELS = {"dense": "qwen3", "moe": "qwen3_moe", "small": "qwen3"}
+"""And what transformers calls them: four layers, 3 and 7 million parameters, and ten layers, 63 million."""
 
 PROMPT, RESPONSE, TARGET = 24, 8, 0.45
-SIZES: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 64,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": None,
+TINY: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }  # fmt: skip
-EXPERTS: dict[str, Any] = {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "dense": TINY,
+    "moe": {**TINY, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2},
+    "small": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+LEARNING_RATES = {"dense": 1e-3, "moe": 1e-3, "small": 3e-4}
 
 HELD_OUT = 128
 """Questions that nothing is trained on."""
@@ -104,11 +112,13 @@ def warm_up(folder: Path, kind: str, device: str, most: int = 6000) -> float:
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
     tok, rng = tokenizer(), random.Random(0)
-    options = {**SIZES, "vocab_size": len(tok), "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
-    config = Qwen3MoeConfig(**options, **EXPERTS) if kind == "moe" else Qwen3Config(**options)
+    tokens = {"vocab_size": len(tok), "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
+    rest = {"head_dim": 64, "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": None}
+    options = {**SIZES[kind], **tokens, **rest}
+    config = Qwen3MoeConfig(**options) if kind == "moe" else Qwen3Config(**options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-    optimizer, chance = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0), 0.0
+    optimizer, chance = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATES[kind], weight_decay=0.0), 0.0
     held_out = [t.to(device) for t in batch(tok, random.Random(1), 256)]
     for step in range(most):
         ids, labels = (t.to(device) for t in batch(tok, rng, 128))

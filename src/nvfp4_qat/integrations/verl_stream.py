@@ -8,6 +8,7 @@ engines need to know before anything is changed whether it will be complete.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -152,12 +153,25 @@ def held(code: WorkerCode, model: nn.Module) -> str:
         code: of the engine.
         model: its model, or this rank's part of it.
     """
-    layers = codes = others = 0
+    layers = codes = 0
+    others: dict[int, int] = {}
     for _, layer in model.named_modules():
         form = code.checkpoint_form(layer)
         packed = [p for name, p in form.items() if name.endswith("weight_packed")]
         layers += bool(packed)
         codes += sum(2 * p.numel() for p in packed)
         if not packed:
-            others += sum(p.numel() for p in layer.parameters(recurse=False))
-    return f"the engine holds {layers} layers in 4 bits, {100 * codes / max(codes + others, 1):.1f} % of all parameters"
+            unused = _padding(layer)
+            for p in layer.parameters(recurse=False):
+                others[id(p)] = p.numel() - unused * math.prod(p.shape[1:])  # once where it is tied
+    share = 100 * codes / max(codes + sum(others.values()), 1)
+    return f"the engine holds {layers} layers in 4 bits, {codes:,} parameters, {share:.1f} % of all parameters"
+
+
+def _padding(layer: nn.Module) -> int:
+    """Rows of a vLLM vocabulary layer, in this rank's part, that belong to no token."""
+    indices = getattr(layer, "shard_indices", None)
+    if indices is None:
+        return 0
+    rows: int = indices.num_elements_padded - indices.num_org_elements - indices.num_added_elements
+    return rows

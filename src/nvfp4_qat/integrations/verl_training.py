@@ -129,7 +129,8 @@ def coverage(plan: QuantPlan) -> str:
     """What of a model is 4-bit, in a line."""
     quantized = sum(math.prod(entry.shape) for entry in plan.quantized)
     share = 100 * quantized / max(plan.parameters, 1)
-    return f"{len(plan.quantized)} weights in {len(plan.groups())} fusion groups, {share:.1f} % of all parameters"
+    weights = f"{len(plan.quantized)} weights in {len(plan.groups())} fusion groups"
+    return f"{weights}, {quantized:,} parameters, {share:.1f} % of all parameters"
 
 
 def training_of(engine: Any) -> Training | None:
