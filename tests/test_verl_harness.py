@@ -286,7 +286,7 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(verl_results, "RUNS", tmp_path / "runs.jsonl")
     lines = verl_results.table().splitlines()
     assert [line.split(" | ")[2] for line in lines[2:5]] == ["bf16", "noqat", "qat"]
-    assert lines[4] == "| dense | fsdp2 | qat | 1 | 1 | 1 | 2·10⁻⁴ | **30×** | 95 % / 95 % | 2 MB | 4 | 0.3 |"
-    assert "| 6·10⁻³ | – | 0 % / 95 % |" in lines[3] and "| 10⁻⁵ | – | 0 % / 0 % | – |" in lines[2].replace("1·", "")
+    assert lines[4] == "| dense | fsdp2 | qat | 1 | 1 | 1 | 2·10⁻⁴ | **30×** | 95.0 % / 95.0 % | 2 MB | 4 | 0.3 |"
+    assert "| 6·10⁻³ | – | 0.0 % / 95.0 % |" in lines[3] and "| 10⁻⁵ | – | – | – |" in lines[2].replace("1·", "")
     assert lines[-3] == "| dense | fsdp2 | qat | 1 | 1 | 3 | 2 | 1·10⁻⁴ → 2·10⁻⁴ | 50 % → 51 % | yes |"
     assert lines[-1] == "- H200; verl 0.9.1 (2026-11-28)"
