@@ -33,8 +33,8 @@ COLUMNS = (
     "step", "reward", "accuracy", "entropy", "response_length", "groups_trained", "batches_drawn", "grad_norm",
     "clipped_high", "clipped_low", "rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff",
     "rollout_corr/rollout_is_eff_sample_size", "eval/accuracy", "eval/accuracy_se", "eval_end/accuracy",
-    "eval_end/accuracy_se", "flips/codes", "flips/bytes", "sync_bytes", "sync_seconds", "time/rollout", "time/update",
-    "time/step",
+    "eval_end/accuracy_se", "eval_end/problems", "flips/codes", "flips/bytes", "sync_bytes", "sync_seconds",
+    "time/rollout", "time/update", "time/step",
 )  # fmt: skip
 """Of a step's row."""
 

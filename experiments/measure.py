@@ -48,7 +48,7 @@ PROBLEMS, SAMPLES = 64, 4
 """Responses of a paired row: to so many problems, so many each."""
 
 EVALUATED, EVALUATED_SAMPLES = 512, 8
-"""The same of an evaluation."""
+"""The same of an evaluation, where a task has that many."""
 
 VARIANT_STEPS = 3
 """On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
@@ -139,7 +139,7 @@ class Bench:
             stream = iter(masters.items()) if name == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
             engine.load(stream)
             found = evaluate(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
-            yield {"precision": name, "problems": EVALUATED, "samples": EVALUATED_SAMPLES, **found}
+            yield {"precision": name, "samples": EVALUATED_SAMPLES, **found}
 
 
 def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:

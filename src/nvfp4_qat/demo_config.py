@@ -57,7 +57,8 @@ class DemoConfig:
             over held-out problems; None: make all steps.
         eval_every: steps between evaluations (`nvfp4_qat.rollouts.evaluate`) in the arm's own rollout precision; 0:
             none. The first is before the first step, the last after the last one.
-        eval_problems: problems of an evaluation, the same in every arm and at every step, drawn apart from others.
+        eval_problems: most problems of an evaluation (`nvfp4_qat.tasks`), no two alike, the same in every arm and at
+            every step; a row says how many there were.
         eval_samples: responses to each of them.
         seed: of prompts and sampling, and of the model where ``model_seed`` is None.
         model_seed: of random weights and their warm-up.
