@@ -241,6 +241,7 @@ class _Bar:
         """Show a warm-up step."""
         self._bar.set_description_str(f"warm-up {done}/{self._warmup_steps}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.skip((done - self._warmed - 1) * WARMUP_COST)  # steps of an earlier command
         self._bar.update(WARMUP_COST)
         self._warmed = done
 

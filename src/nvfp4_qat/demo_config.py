@@ -65,7 +65,7 @@ class DemoConfig:
         resume: continue the run in ``out``.
         keep_every: steps between copies of the weights that stay in ``out`` (`nvfp4_qat.runlog.kept_weights`); 0: none.
             The first is of the weights before the first step, the last of those after the last one.
-        checkpoint_seconds: least time between two checkpoints of the trainer.
+        checkpoint_seconds: least time between two checkpoints of the trainer, in the warm-up and after it.
         cache: directory of warmed-up models; None: the user's cache directory.
         progress: show a progress bar on stderr.
 
