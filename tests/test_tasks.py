@@ -183,6 +183,10 @@ def test_math_files_are_read_and_repeated_rows_count_once(tmp_path):
     assert task.problems(3, "k") == task.problems(3, "k")
     assert len(prompts(task.evaluation(9))) == len(task.evaluation(9)) == 4
     assert task.grade(drawn[0], f"Answer: {drawn[0].answer}").correct
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    (shorter / path.name).write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    assert repr(MathFile(path)) == repr(task) != repr(MathFile(shorter / path.name))
 
 
 def test_plain_rows_and_parquet(tmp_path):

@@ -174,6 +174,11 @@ class DemoConfig:
         """The seed of random weights and their warm-up."""
         return self.seed if self.model_seed is None else self.model_seed
 
+    def starting_point(self) -> dict[str, Any]:
+        """What the weights before the first step follow from; with equal ones they are equal, on the same machine."""
+        names = ("model", "task", "weights_seed", "warmup_steps", "warmup_batch", "warmup_lr", "warmup_until")
+        return {name: getattr(self, name) for name in names}
+
     def identity(self) -> dict[str, Any]:
         """The fields that a result depends on: all but where it is kept and shown, and where an engine is."""
         skipped = {"out", "arms", "resume", "checkpoint_seconds", "keep_every", "cache", "progress", *PLACEMENT}

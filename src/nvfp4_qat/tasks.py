@@ -14,6 +14,7 @@ The grading of mathematics follows DAPO: +1 for a right answer and -1 for anythi
 in the wrong place. The other tasks use the same two values.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -199,6 +200,11 @@ class MathFile:
 
     def __len__(self) -> int:
         return len(self._problems)
+
+    def __repr__(self) -> str:
+        """The same in every process: the file of a warm-up is named by it."""
+        contents = hashlib.sha256(repr(self._problems).encode()).hexdigest()[:16]
+        return f"MathFile({self.name!r}, {contents}, {self.max_new_tokens}, {self.overlong_buffer})"
 
     def problems(self, count: int, key: str) -> list[Problem]:
         return _drawn(self._problems, count, f"{self.name}/{key}")

@@ -66,7 +66,7 @@ def warm_up(
     if cfg.warmup_steps == 0:
         return False
     device = torch.device(device)
-    path = _file(cfg, task, model, device)
+    path = warmup_file(cfg, task, model, device)
     if path.is_file():
         partial_file(path).unlink(missing_ok=True)  # of a process that was killed between the two
         model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
@@ -131,7 +131,7 @@ def _answers(tokenizer: Any, task: Task, count: int, key: str) -> Batch:
     return collate([group], tokenizer.pad_token_id)
 
 
-def _file(cfg: DemoConfig, task: Task, model: Any, device: torch.device) -> Path:
+def warmup_file(cfg: DemoConfig, task: Task, model: Any, device: torch.device) -> Path:
     """A path in the cache that is named by all that the warmed-up weights follow from."""
     ingredients = {
         "model": model.config.to_dict(),
