@@ -57,6 +57,8 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         about = {name: summary.get(name) for name in ("config", "engine", "versions", "note", "seconds")}
         when = datetime.datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, datetime.timezone.utc)
         where = {"date": when.strftime("%Y-%m-%d"), "commit": commit()}
+        if (start := summary.get("starting_weights")) is not None:
+            about["starting_weights"] = start["sha256"]
         arm = experiment.arm(run.name)
         runs.append(
             {"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about, **where}
