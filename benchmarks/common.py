@@ -10,12 +10,11 @@ baseline from the same round. A GPU that grows warm, or a neighbour on the host,
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +25,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nvfp4_qat.jsonl import Row, append_rows, read_rows
+
 RESULTS = Path(__file__).parent / "results"
 
-Row = dict[str, Any]
+append, read = append_rows, read_rows
+"""How rows get into a file of results, and out of it."""
+
 T = TypeVar("T")
 
 
@@ -227,17 +230,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a file of results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file of results; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

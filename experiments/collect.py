@@ -33,8 +33,8 @@ COLUMNS = (
     "step", "reward", "accuracy", "entropy", "response_length", "groups_trained", "batches_drawn", "grad_norm",
     "clipped_high", "clipped_low", "rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff",
     "rollout_corr/rollout_is_eff_sample_size", "eval/accuracy", "eval/accuracy_se", "eval_end/accuracy",
-    "eval_end/accuracy_se", "flips/codes", "flips/bytes", "sync_bytes", "sync_seconds", "time/rollout", "time/update",
-    "time/step",
+    "eval_end/accuracy_se", "eval_end/problems", "flips/codes", "flips/bytes", "sync_bytes", "sync_seconds",
+    "time/rollout", "time/update", "time/step",
 )  # fmt: skip
 """Of a step's row."""
 
@@ -57,6 +57,8 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         about = {name: summary.get(name) for name in ("config", "engine", "versions", "note", "seconds")}
         when = datetime.datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, datetime.timezone.utc)
         where = {"date": when.strftime("%Y-%m-%d"), "commit": commit()}
+        if (start := summary.get("starting_weights")) is not None:
+            about["starting_weights"] = start["sha256"]
         arm = experiment.arm(run.name)
         runs.append(
             {"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about, **where}

@@ -31,6 +31,7 @@ from torch import Tensor
 from variants import VARIANTS, Variant, sides
 
 import nvfp4_qat as nq
+from nvfp4_qat.alone import alone
 from nvfp4_qat.demo_config import DemoConfig
 from nvfp4_qat.engine import Sample, SamplingEngine
 from nvfp4_qat.models import load_model
@@ -48,7 +49,7 @@ PROBLEMS, SAMPLES = 64, 4
 """Responses of a paired row: to so many problems, so many each."""
 
 EVALUATED, EVALUATED_SAMPLES = 512, 8
-"""The same of an evaluation."""
+"""The same of an evaluation, where a task has that many."""
 
 VARIANT_STEPS = 3
 """On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
@@ -139,7 +140,7 @@ class Bench:
             stream = iter(masters.items()) if name == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
             engine.load(stream)
             found = evaluate(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
-            yield {"precision": name, "problems": EVALUATED, "samples": EVALUATED_SAMPLES, **found}
+            yield {"precision": name, "samples": EVALUATED_SAMPLES, **found}
 
 
 def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:
@@ -163,7 +164,19 @@ def measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
         experiment: says what is measured.
         out: its directory, with the runs' weights.
         runs: which to look at.
+
+    Raises:
+        UserError: another process is measuring.
     """
+    with contextlib.ExitStack() as held:
+        for seed in {run.seed for run in runs}:
+            out.mkdir(parents=True, exist_ok=True)
+            measured_file(out, seed).open("a").close()
+            held.enter_context(alone(measured_file(out, seed)))
+        _measure(experiment, out, runs)
+
+
+def _measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
     done = {_identity(row) for seed in {run.seed for run in runs} for row in read(measured_file(out, seed))}
     todo = [(run, row) for run in runs for row in _rows(experiment, out, run) if _identity(row) not in done]
     if not todo:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from intervals import Estimate, ratio_of_sums
 
+from nvfp4_qat.jsonl import Row
+from nvfp4_qat.jsonl import read_rows as read
+
 RESULTS = Path(__file__).parent / "results"
-
-Row = dict[str, Any]
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a file; none where there is no file. A line that is still being written is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 @dataclass(frozen=True)

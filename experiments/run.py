@@ -4,8 +4,8 @@ Every run is a process of its own (``nvfp4_qat.demo.run_demo`` with one arm), an
 GPUs, times ``--per-gpu``. The model is warmed up once before, and what the finished runs kept is measured afterwards
 (`measure`). At the end the rows are collected below ``experiments/results/`` (`collect`).
 
-``--minutes`` ends the runs in time; the same command continues them. The exit status is 0 when everything is done, and
-3 when there is more to do.
+``--minutes`` ends the runs in time, as Ctrl-C and SIGTERM do at any time; the same command continues them. The exit
+status is 0 when everything is done, and 3 when there is more to do.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ import argparse
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +24,16 @@ import torch
 from collect import collect
 from experiment import Experiment, Run
 from measure import measured_file
+from pool import Interrupts, Pool, Task
 from rows import read
+from starts import check_starts, warm_up_all
 
+from nvfp4_qat.alone import alone
 from nvfp4_qat.demo import run_demo
 from nvfp4_qat.errors import UserError
-from nvfp4_qat.models import load_model
-from nvfp4_qat.rl import trainer_device
-from nvfp4_qat.tasks import make_task
-from nvfp4_qat.warmup import warm_up
 
 UNFINISHED = 3
 """Exit status of a command that has to be given again."""
-
-GRACE = 40.0
-"""Seconds that a run has to write its summary and end its engine."""
-
-LOOK_EVERY = 20.0
-"""Seconds between two lines about the runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,15 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = Experiment.load(args.config)
         out: Path = args.out or Path("runs") / experiment.name
         if args.one is not None:
-            return _one(experiment, out, args.one)
-        runs = experiment.chosen(args.runs, args.seeds)
-        deadline = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
-        pool = Pool([gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()], out, deadline)
-        done = all(pool.finish(tasks, say) for tasks, say in _stages(experiment, runs, args.config, out))
-        collect(experiment, out, args.results / experiment.name)
+            return _one(experiment, experiment.chosen(args.runs, args.seeds), out, args.one)
+        with Interrupts() as interrupts:
+            try:
+                return _all(experiment, out, args, interrupts)
+            except KeyboardInterrupt:
+                print("interrupted; the same command goes on", file=sys.stderr)
+                return 128 + (interrupts.came or signal.SIGINT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _all(experiment: Experiment, out: Path, args: argparse.Namespace, interrupts: Interrupts) -> int:
+    runs = experiment.chosen(args.runs, args.seeds)
+    deadline = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
+    slots = [gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()]
+    pool, done = Pool(slots, out, deadline, interrupts), True
+    for tasks, say in _stages(experiment, runs, args.config, out):
+        check_starts(experiment, runs, out)
+        done = done and pool.finish(tasks, say)
+    check_starts(experiment, runs, out)
+    collect(experiment, out, args.results / experiment.name)
     return 0 if done else UNFINISHED
 
 
@@ -69,8 +72,14 @@ def _stages(
 ) -> Iterator[tuple[list[Task], Callable[[], str]]]:
     """What has to be finished before the next begins, and what is told meanwhile."""
     script, common = Path(__file__).resolve(), [str(config), "--out", str(out)]
-    yield [Task("warm-up", script, [*common, "--one", "warm-up"])], lambda: "warm-up"
     waiting = [run for run in runs if not _finished(experiment, run, out)]
+    for folder in (out / run.key for run in waiting):
+        if folder.is_dir():
+            with alone(folder):  # said now and not by a process among others, which all would be ended for it
+                pass
+    if waiting:
+        named = ["--runs", ",".join(dict.fromkeys(run.name for run in waiting))]
+        yield [Task("warm-up", script, [*common, *named, "--one", "warm-up"])], lambda: "warm-up"
     tasks = [Task(run.key, script, [*common, "--one", run.key]) for run in waiting]
     yield tasks, lambda: " | ".join(_state(experiment, run, out) for run in runs)
     if experiment.paired or experiment.variants:
@@ -115,22 +124,12 @@ def _gpus() -> list[str]:
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 
-def _one(experiment: Experiment, out: Path, key: str) -> int:
-    """The warm-up, or one run."""
-    runs = {run.key: run for run in experiment.chosen(None, None)}
-    if key != "warm-up":
-        run = runs.get(key) or Run(*_split(key))
-        run_demo(experiment.config(run, out))
-        return 0
-    cfg = experiment.config(next(iter(runs.values())), out)
-    loaded = load_model(cfg.model, seed=cfg.weights_seed)
-    started = time.monotonic()
-
-    def progress(step: int, loss: float) -> None:
-        if step % 100 == 0:
-            print(f"warm-up: {step} steps, loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-
-    warm_up(loaded.model, loaded.tokenizer, make_task(cfg.task, cfg.model), cfg, progress, trainer_device(cfg))
+def _one(experiment: Experiment, runs: Sequence[Run], out: Path, key: str) -> int:
+    """The warm-up of some runs, or one run."""
+    if key == "warm-up":
+        warm_up_all(experiment, runs, out)
+    else:
+        run_demo(experiment.config(Run(*_split(key)), out))
     return 0
 
 
@@ -139,97 +138,7 @@ def _split(key: str) -> tuple[str, int]:
     return name, int(seed)
 
 
-# --- and around them -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """A process: its name, which its log has too, a script, and the script's arguments."""
-
-    name: str
-    script: Path
-    arguments: list[str]
-
-
-@dataclass
-class Pool:
-    """Processes that take turns on GPUs.
-
-    Args:
-        slots: the GPU of each that can be under way at a time.
-        out: the experiment's directory.
-        deadline: of `time.monotonic`.
-    """
-
-    slots: list[str]
-    out: Path
-    deadline: float
-
-    def finish(self, tasks: Sequence[Task], say: Callable[[], str]) -> bool:
-        """Run processes to their ends; False if there was not enough time.
-
-        Args:
-            tasks: in the order in which they start.
-            say: what to print now and then.
-
-        Raises:
-            UserError: one failed. The others have been ended in order.
-        """
-        waiting, free, busy = list(tasks), list(self.slots), dict[str, tuple[subprocess.Popen[bytes], str]]()
-        looked = time.monotonic()
-        try:
-            while waiting or busy:
-                if time.monotonic() > self.deadline - GRACE:
-                    return False
-                while waiting and free:
-                    task, gpu = waiting.pop(0), free.pop(0)
-                    busy[task.name] = self._started(task, gpu), gpu
-                time.sleep(0.5)
-                for name, (process, gpu) in list(busy.items()):
-                    if process.poll() is not None:
-                        del busy[name]
-                        free.append(gpu)
-                        if process.returncode:
-                            log = self._log(name)
-                            raise UserError(f"{name} failed; the end of {log}:\n{_tail(log)}")
-                if time.monotonic() - looked > LOOK_EVERY:
-                    looked = time.monotonic()
-                    print(say(), flush=True)
-        finally:
-            for process, _ in busy.values():
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)  # all of them first: they end at the same time
-            for process, _ in busy.values():
-                _stop(process)
-            print(say(), flush=True)
-        return True
-
-    def _log(self, name: str) -> Path:
-        return self.out / "logs" / f"{name}.log"
-
-    def _started(self, task: Task, gpu: str) -> subprocess.Popen[bytes]:
-        log = self._log(task.name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        threads = max(1, min(8, (os.cpu_count() or 1) // len(self.slots)))
-        seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        environment = {**os.environ, **seen, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, str(task.script), *task.arguments]
-        with log.open("ab") as file:
-            return subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let a process write what it has, and end it with all that it started."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+# --- what runs have left ----------------------------------------------------------------------------------------------
 
 
 def _rows(experiment: Experiment, run: Run, out: Path) -> list[dict[str, Any]]:

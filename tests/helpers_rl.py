@@ -9,7 +9,7 @@ from nvfp4_qat.demo_config import DemoConfig
 from nvfp4_qat.models import tiny_tokenizer
 from nvfp4_qat.rl import train_arm
 from nvfp4_qat.runlog import ArmLog
-from nvfp4_qat.tasks import Grade, Problem, SortDigits
+from nvfp4_qat.tasks import EVAL_KEY, Grade, Problem, SortDigits
 
 TOKENIZER = tiny_tokenizer()
 
@@ -39,6 +39,9 @@ class EvenFirst:
     def problems(self, count, key):
         self.drawn.append((key, SortDigits(digits=3).problems(count, key)))
         return self.drawn[-1][1]
+
+    def evaluation(self, count):
+        return self.problems(count, EVAL_KEY)
 
     def grade(self, problem: Problem, response: str) -> Grade:
         correct = bool(response) and ord(response[0]) % 2 == 0

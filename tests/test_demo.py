@@ -255,3 +255,21 @@ def test_cores_follow_the_environment(monkeypatch):
     assert available_cores() == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert available_cores() >= 1
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path, saved_model, monkeypatch):
+    cfg = micro_config(tmp_path / "run", model=saved_model, arms=("bf16",), steps=1)
+    said = []
+
+    def second(*args):
+        with pytest.raises(UserError, match="another process is at work on .*run: wait until it has ended"):
+            run_demo(micro_config(cfg.out, model=saved_model, arms=("qat",), steps=1, resume=True))
+        said.append(1)
+        return train(*args)
+
+    train = demo.train_arm
+    monkeypatch.setattr(demo, "train_arm", second)
+    run_demo(cfg)
+    monkeypatch.setattr(demo, "train_arm", train)
+    assert said and list(run_demo(micro_config(cfg.out, model=saved_model, steps=1, resume=True))["arms"])
+    assert not list(cfg.out.glob("*lock*")) + list(cfg.out.glob(".*"))

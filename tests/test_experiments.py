@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
 import figures  # noqa: E402
 import measure  # noqa: E402
+import pool  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
 from common import append  # noqa: E402
@@ -90,10 +91,11 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
 
 
 def test_what_is_done_is_not_done_again(finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "out").rglob("*.jsonl")}
+    files = [*(finished / "out").rglob("*.jsonl"), finished / "out" / "logs" / "warm-up.log"]  # no warm-up either
+    before = {path: path.stat().st_mtime_ns for path in files}
     command = [str(finished / "dense.yaml"), "--out", str(finished / "out"), "--results", str(finished / "results")]
     assert run.main(command) == 0
-    assert {path: path.stat().st_mtime_ns for path in (finished / "out").rglob("*.jsonl")} == before
+    assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
 def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
@@ -114,7 +116,7 @@ def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
             return time.monotonic() + (1e6 if metrics.exists() and metrics.read_text() else 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "time", Clock)
+        patch.setattr(pool, "time", Clock)
         command = [str(tmp_path / "long.yaml"), "--out", str(out), "--runs", "bf16", "--minutes", "100"]
         assert run.main([*command, "--results", str(tmp_path / "results")]) == run.UNFINISHED
     rows = read(metrics)

@@ -182,7 +182,10 @@ def test_text_from_files_is_escaped(tmp_path):
         (lambda d: d.rmdir(), "there is no directory"),
         (lambda d: None, "holds no finished step"),
         (lambda d: (d / "metrics-qat.jsonl").write_text(""), "holds no finished step"),
-        (lambda d: (d / "metrics-qat.jsonl").write_text('{"st\n{"step": 1}\n'), r"qat.jsonl, line 1 is not JSON"),
+        (
+            lambda d: (d / "metrics-qat.jsonl").write_text('{"st\n{"step": 1}\n'),
+            "line 1 is not a JSON object",
+        ),
         (lambda d: (d / "summary.json").write_text("{"), "summary.json is not JSON"),
         (lambda d: (d / "summary.json").write_text("[]"), "is not the summary of a run"),
         (lambda d: (d / "summary.json").write_text('{"arms": 3}'), "is not the summary of a run"),

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from nvfp4_qat.engine import RolloutEngine, Sample
 from nvfp4_qat.rl import plain_weights, prepare_arm
-from nvfp4_qat.rollouts import EVAL_KEY, evaluate
+from nvfp4_qat.rollouts import evaluate
 from nvfp4_qat.runlog import kept_weights
+from nvfp4_qat.tasks import EVAL_KEY, SortDigits
 
 
 class Answers:
@@ -26,10 +27,18 @@ class Answers:
 def test_an_evaluation_by_hand():
     task, engine = EvenFirst(), Answers("b", "bb", "c")  # the codes of b are even
     found = evaluate(engine, task, TOKENIZER, problems=5, samples=3)
-    assert found == {"accuracy": pytest.approx(2 / 3), "accuracy_se": pytest.approx(0.0), "response_length": 7 / 3}
+    accuracy = {"accuracy": pytest.approx(2 / 3), "accuracy_se": pytest.approx(0.0)}
+    assert found == {**accuracy, "problems": 5, "response_length": 7 / 3}
     evaluate(engine, task, TOKENIZER, problems=5, samples=3)
     assert engine.asked[0] == engine.asked[1]
     assert {key for key, _ in task.drawn} == {EVAL_KEY}
+
+
+def test_an_evaluation_of_a_small_task_counts_its_problems_once():
+    found = evaluate(Answers("0", "1"), SortDigits(digits=1), TOKENIZER, problems=64, samples=2)
+    right = torch.tensor([0.5, 0.5, *[0.0] * 8])
+    assert found["problems"] == 10 and found["accuracy"] == pytest.approx(0.1)
+    assert found["accuracy_se"] == pytest.approx(float(right.std()) / 10**0.5)
 
 
 @pytest.mark.parametrize("arm", ["bf16", "qat"])

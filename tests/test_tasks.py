@@ -8,6 +8,7 @@ import pytest
 
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.models import tiny_tokenizer
+from nvfp4_qat.nouns import EVALUATION, TRAINING
 from nvfp4_qat.tasks import (
     Chain,
     Grade,
@@ -29,6 +30,41 @@ def test_draws_follow_from_their_key_alone(task):
     task.problems(7, "something else")
     assert task.problems(5, "0/3/0") == first
     assert task.problems(5, "0/4/0") != first
+
+
+def prompts(problems):
+    return {str(problem.prompt) for problem in problems}
+
+
+@pytest.mark.parametrize("task", [SortDigits(), Chain(), OneSentence()])
+def test_evaluations_ask_no_problem_twice(task):
+    asked = task.evaluation(128)
+    assert len(prompts(asked)) == len(asked) == 128
+    assert task.evaluation(128) == asked
+
+
+@pytest.mark.parametrize(
+    ("task", "there"), [(SortDigits(1), 10), (Chain(operands=1, largest=20), 20), (OneSentence(), len(EVALUATION))]
+)
+def test_an_evaluation_asks_no_more_than_there_is(task, there):
+    assert len(prompts(task.evaluation(1000))) == len(task.evaluation(1000)) == there
+
+
+def test_words_for_evaluations_are_not_trained_on():
+    assert len(TRAINING) >= 400 and len(EVALUATION) >= 128
+    assert len({*TRAINING, *EVALUATION}) == len(TRAINING) + len(EVALUATION)  # no word twice
+    assert all(re.fullmatch("[a-z]+", word) for word in (*TRAINING, *EVALUATION))
+    trained = [problem.answer for key in range(200) for problem in OneSentence().problems(32, f"0/{key}/0")]
+    assert set(trained) == set(TRAINING)
+    assert len(prompts(OneSentence().problems(32, "k"))) == 32  # groups of a step are of different words
+    asked = OneSentence().evaluation(len(EVALUATION))
+    assert {problem.answer for problem in asked} == set(EVALUATION)
+
+
+def test_chains_are_so_many_that_evaluations_have_none_that_were_trained_on():
+    trained = prompts(problem for step in range(200) for problem in Chain().problems(256, f"warmup/0/{step}"))
+    assert len(trained) == 200 * 256 and not trained & prompts(Chain().evaluation(256))
+    assert Chain().largest ** Chain().operands > 9e17
 
 
 def test_sorting():
@@ -145,7 +181,12 @@ def test_math_files_are_read_and_repeated_rows_count_once(tmp_path):
     assert sorted(problem.answer for problem in drawn) == ["1", "2", "3", "4"]
     assert len(task.problems(9, "k")) == 9
     assert task.problems(3, "k") == task.problems(3, "k")
+    assert len(prompts(task.evaluation(9))) == len(task.evaluation(9)) == 4
     assert task.grade(drawn[0], f"Answer: {drawn[0].answer}").correct
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    (shorter / path.name).write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    assert repr(MathFile(path)) == repr(task) != repr(MathFile(shorter / path.name))
 
 
 def test_plain_rows_and_parquet(tmp_path):

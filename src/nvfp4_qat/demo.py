@@ -3,7 +3,7 @@
 The directory of a run holds
 
 =======================  ==============================================================================
-``config.json``          the settings; a resumed run must have the same
+``config.json``          settings, and a digest of the weights to begin from; a resumed run must have the same
 ``metrics-<arm>.jsonl``  one line a step
 ``tensorboard/<arm>/``   the same as events
 ``checkpoint-<arm>.pt``  where to continue; gone once the arm is finished
@@ -15,27 +15,29 @@ The directory of a run holds
 A model that begins with random weights is first trained on the task's answers (`nvfp4_qat.warmup`).
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .alone import alone
 from .demo_config import ARMS, PLACEMENT, DemoConfig
 from .errors import UserError
 from .machine import available_cores, versions
-from .models import load_model
+from .models import LoadedModel, load_model
 from .report import write_report
-from .rl import train_arm, trainer_device
+from .rl import train_arm
 from .runlog import ArmLog, Row, replace_file
-from .tasks import make_task
+from .starting_weights import KEY, Start, begin
+from .tasks import Task, make_task
 from .vllm_engine import facts, require_vllm
-from .warmup import warm_up
 
 WARMUP_COST = 0.25
 """A warm-up step in units of an RL step, for the estimate of the remaining time only."""
@@ -48,25 +50,40 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
         cfg: what to run and where to.
 
     Raises:
-        UserError: a package or a GPU is missing, the directory holds something else, a resumed run has other settings,
-            or there is no such model or task. Nothing has been written then.
+        UserError: a package or a GPU is missing, the directory holds something else or another process works in it, a
+            resumed run has other settings or would begin from other weights, or there is no such model or task. Nothing
+            has been written then.
         KeyboardInterrupt: passed on after summary and report of the finished steps have been written.
     """
     _check_packages()
     if cfg.rollout == "vllm":
         require_vllm(cfg)
-    _check_directory(cfg)
-    task = make_task(cfg.task, cfg.model)
+    with contextlib.ExitStack() as held:
+        there = cfg.out.is_dir()
+        if there:
+            held.enter_context(alone(cfg.out))
+        _check_directory(cfg)
+        task = make_task(cfg.task, cfg.model)
+        loaded = load_model(cfg.model, seed=cfg.weights_seed)
+        if not there:
+            cfg.out.mkdir(parents=True, exist_ok=True)  # not before it is known that there is something to run
+            held.enter_context(alone(cfg.out))
+            _check_directory(cfg)  # another process may have been here in between
+        return _run(cfg, task, loaded)
+
+
+def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
+    """The arms, and what is left of them, in a directory that is held."""
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
     spent = sum(row["time/step"] for log in logs.values() for row in log.rows)
     started = time.monotonic()
-    loaded = load_model(cfg.model, seed=cfg.weights_seed)
-    cfg.out.mkdir(parents=True, exist_ok=True)  # not before it is known that there is something to run
-    replace_file(cfg.out / "config.json", (json.dumps(cfg.identity(), indent=2) + "\n").encode())
+    _write_config(cfg, Start.read(cfg.out))
 
     def conclude(interrupted: bool = False) -> dict[str, Any]:
         seconds = spent + time.monotonic() - started
         summary = summarize(cfg, task.name, {arm: log.rows for arm, log in logs.items()}, loaded.note, seconds)
+        if (start := Start.read(cfg.out)) is not None:
+            summary |= start.entry()
         if interrupted:
             summary["interrupted"] = True
         replace_file(cfg.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -78,7 +95,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     with _Bar(cfg) as bar:
         try:
             torch.set_num_threads(available_cores())
-            warm_up(loaded.model, loaded.tokenizer, task, cfg, bar.warmup, trainer_device(cfg))
+            if any(len(logs[arm].rows) < cfg.steps for arm in cfg.arms):
+                _begin(cfg, loaded, task, any(log.rows for log in logs.values()), bar.warmup)
             bar.end_warmup()
             for arm in cfg.arms:
                 bar.arm(arm)
@@ -92,6 +110,25 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 log.close()
             torch.set_num_threads(threads)
     return summary
+
+
+def _begin(
+    cfg: DemoConfig, loaded: LoadedModel, task: Task, has_rows: bool, progress: Callable[[int, float], None]
+) -> None:
+    """Bring a model to the weights that all arms begin from, and see that earlier ones did, too."""
+    begun = Start.read(cfg.out)
+    if has_rows and begun is None:
+        raise UserError(
+            f"{cfg.out} does not say which weights its arms began from, as versions before this one did not write it: "
+            "give another directory"
+        )
+    earlier = {} if begun is None else {str(cfg.out): begun}
+    _write_config(cfg, begin(cfg, loaded, task, earlier, progress))
+
+
+def _write_config(cfg: DemoConfig, start: Start | None) -> None:
+    entries = cfg.identity() | ({} if start is None else start.entry())
+    replace_file(cfg.out / "config.json", (json.dumps(entries, indent=2) + "\n").encode())
 
 
 def _check_packages() -> None:
@@ -115,7 +152,8 @@ def _check_directory(cfg: DemoConfig) -> None:
         if not path.is_file():
             raise UserError(f"{cfg.out} holds no run to resume (no config.json): give another directory")
         saved = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(name for name in saved.keys() | identity.keys() if saved.get(name) != identity.get(name))
+        names = saved.keys() - {KEY} | identity.keys()
+        differing = sorted(name for name in names if saved.get(name) != identity.get(name))
         if differing:
             changes = ", ".join(f"{name}: {saved.get(name)} then, {identity.get(name)} now" for name in differing)
             raise UserError(f"{cfg.out} was begun with other settings ({changes}): use the same or another directory")
@@ -241,6 +279,7 @@ class _Bar:
         """Show a warm-up step."""
         self._bar.set_description_str(f"warm-up {done}/{self._warmup_steps}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.skip((done - self._warmed - 1) * WARMUP_COST)  # steps of an earlier command
         self._bar.update(WARMUP_COST)
         self._warmed = done
 

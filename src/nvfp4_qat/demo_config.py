@@ -57,14 +57,15 @@ class DemoConfig:
             over held-out problems; None: make all steps.
         eval_every: steps between evaluations (`nvfp4_qat.rollouts.evaluate`) in the arm's own rollout precision; 0:
             none. The first is before the first step, the last after the last one.
-        eval_problems: problems of an evaluation, the same in every arm and at every step, drawn apart from others.
+        eval_problems: most problems of an evaluation (`nvfp4_qat.tasks`), no two alike, the same in every arm and at
+            every step; a row says how many there were.
         eval_samples: responses to each of them.
         seed: of prompts and sampling, and of the model where ``model_seed`` is None.
         model_seed: of random weights and their warm-up.
         resume: continue the run in ``out``.
         keep_every: steps between copies of the weights that stay in ``out`` (`nvfp4_qat.runlog.kept_weights`); 0: none.
             The first is of the weights before the first step, the last of those after the last one.
-        checkpoint_seconds: least time between two checkpoints of the trainer.
+        checkpoint_seconds: least time between two checkpoints of the trainer, in the warm-up and after it.
         cache: directory of warmed-up models; None: the user's cache directory.
         progress: show a progress bar on stderr.
 
@@ -172,6 +173,11 @@ class DemoConfig:
     def weights_seed(self) -> int:
         """The seed of random weights and their warm-up."""
         return self.seed if self.model_seed is None else self.model_seed
+
+    def starting_point(self) -> dict[str, Any]:
+        """What the weights before the first step follow from; with equal ones they are equal, on the same machine."""
+        names = ("model", "task", "weights_seed", "warmup_steps", "warmup_batch", "warmup_lr", "warmup_until")
+        return {name: getattr(self, name) for name in names}
 
     def identity(self) -> dict[str, Any]:
         """The fields that a result depends on: all but where it is kept and shown, and where an engine is."""

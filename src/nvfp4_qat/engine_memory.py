@@ -19,6 +19,7 @@ from typing import Any
 
 from .config import QATConfig
 from .errors import UserError
+from .jsonl import append_rows
 from .models import load_model
 from .plan import QuantPlan
 
@@ -139,14 +140,8 @@ def measure_engines(
             say(f"{precision}: starting vLLM with random weights, measuring its memory and decoding …")
             found[precision] = _probe(directory, settings, precision)
             if out is not None:
-                _append(out, EngineMemory(loaded.name, settings, {precision: found[precision]}).rows())
+                append_rows(out, EngineMemory(loaded.name, settings, {precision: found[precision]}).rows())
     return EngineMemory(loaded.name, settings, found)
-
-
-def _append(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_config(directory: Path, model: Any, plan: QuantPlan | None) -> None:

@@ -19,7 +19,7 @@ from .demo_config import DemoConfig
 from .engine import Sample, SamplingEngine, left_pad
 from .grpo import group_advantages, overlong_penalty
 from .runlog import Row
-from .tasks import Task, encode_prompts
+from .tasks import EVAL_KEY, Task, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,22 @@ def collect(
     return kept[: cfg.prompts], drawn, batches
 
 
-EVAL_KEY = "evaluation"
-"""Seeds the problems of an evaluation and what is sampled for them: the same in every run and at every step."""
-
-
 def evaluate(engine: SamplingEngine, task: Task, tokenizer: Any, problems: int, samples: int) -> Row:
-    """Sample and grade responses to problems that are drawn apart from those of any step.
+    """Sample and grade responses to the problems that a task has for evaluations.
 
     Args:
         engine: with the weights to evaluate, in their precision.
         task: source of problems and grades.
         tokenizer: of the model.
-        problems: how many.
+        problems: how many at most.
         samples: responses to each, at temperature 1.
 
     Returns:
-        ``accuracy``, the mean over all responses (avg@samples); ``accuracy_se``, its standard error over problems, 0 of
-        a single one; ``response_length``, the mean in tokens.
+        ``accuracy``, the mean over all responses (avg@samples); ``accuracy_se``, its standard error over problems, no
+        two of which are alike, 0 of a single one; ``problems``, how many there were; ``response_length``, the mean in
+        tokens.
     """
-    asked = task.problems(problems, EVAL_KEY)
+    asked = task.evaluation(problems)
     prompts = encode_prompts(tokenizer, asked)
     answers = engine.generate(prompts, samples, task.max_new_tokens, stable_seed(EVAL_KEY))
     right = torch.tensor(
@@ -128,6 +125,7 @@ def evaluate(engine: SamplingEngine, task: Task, tokenizer: Any, problems: int, 
     return {
         "accuracy": float(right.mean()),
         "accuracy_se": float(right.std() / len(right) ** 0.5) if len(right) > 1 else 0.0,
+        "problems": len(asked),
         "response_length": sum(lengths) / len(lengths),
     }
 

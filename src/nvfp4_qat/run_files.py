@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .jsonl import read_rows
 
 K3_KL = "rollout_corr/k3_kl"
 ABS_DIFF = "rollout_corr/logprob_abs_diff"
@@ -122,7 +123,7 @@ def load_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}; give the --out of a run of nvfp4-qat demo")
     files = {p.name.removeprefix("metrics-").removesuffix(".jsonl"): p for p in folder.glob("metrics-*.jsonl")}
-    rows = {name: _read_rows(path) for name, path in files.items()}
+    rows = {name: [{"step": i, **row} for i, row in enumerate(read_rows(path))] for name, path in files.items()}
     summary_file = folder / "summary.json"
     summary: dict[str, Any] = {}
     if summary_file.exists():
@@ -139,21 +140,6 @@ def load_run(folder: Path) -> Run:
     order = {name: i for i, name in enumerate(ARMS)}
     ordered = sorted(names, key=lambda name: (order.get(name, len(order)), name))
     return Run([Arm(n, rows.get(n, []), entries.get(n) or {}) for n in ordered], summary)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):  # the writer was killed inside its last line
-                break
-            raise UserError(f"{path}, line {number} is not JSON; delete the line and try again") from None
-        if isinstance(row, dict):
-            rows.append({"step": number - 1, **row})
-    return rows
 
 
 def number(value: Any) -> float:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError
+from .jsonl import Row, append_rows, read_rows
 
-Row = dict[str, Any]
+__all__ = ["ArmLog", "Row", "kept_weights", "load_kept", "replace_file", "save_file"]
 
 
 class ArmLog:
@@ -35,6 +36,9 @@ class ArmLog:
         out: the run's directory.
         arm: the arm's name.
         checkpoint_seconds: least time between two checkpoints; 0 writes one after every step.
+
+    Raises:
+        UserError: the metrics hold a line that is no row; a last one that was torn is computed again.
     """
 
     def __init__(self, out: Path, arm: str, checkpoint_seconds: float) -> None:
@@ -45,18 +49,7 @@ class ArmLog:
         self._checkpoint_seconds = checkpoint_seconds
         self._checkpointed = time.monotonic()
         self._writer: Any = None
-        self.rows = self._read()
-
-    def _read(self) -> list[Row]:
-        if not self._metrics.exists():
-            return []
-        rows = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the writer was killed inside this line; the step is computed again
-                break
-        return rows
+        self.rows = read_rows(self._metrics)
 
     def resume(self, steps: int) -> Mapping[str, Any] | None:
         """Return the state to continue from, and forget the metrics of later steps.
@@ -89,10 +82,7 @@ class ArmLog:
             state: what to continue from, tensors and plain containers; saved if the last checkpoint is old enough.
         """
         self.rows.append(row)
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(self._metrics, [row])
         self._write_events(row)
         if time.monotonic() - self._checkpointed >= self._checkpoint_seconds:
             save_file(self._checkpoint, {**state, "step": len(self.rows)})

@@ -5,20 +5,28 @@ A task is a source of `Problem` and a rule that grades a response. Four are here
 one's own). A draw is a function of its key alone, no generator is carried from step to step: every arm of a comparison
 sees the same prompts, whatever the other arms drew, and a resumed run sees those of the run that was killed.
 
+An evaluation asks distinct problems: a standard error over them counts none twice. ``one-sentence`` has words of its
+own for evaluations. ``chain`` has 10^18 problems, of which a warm-up sees five million at most: the chance that one of
+256 is among them is 10^-9. Of the million rows of ``sort`` a run of the preset sees 1 to 2 %, also of an evaluation's.
+The rows of a file are for both.
+
 The grading of mathematics follows DAPO: +1 for a right answer and -1 for anything else, which includes a right number
 in the wrong place. The other tasks use the same two values.
 """
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .errors import UserError
+from .nouns import EVALUATION, TRAINING
 
+_T = TypeVar("_T")
 Message = Mapping[str, str]
 
 
@@ -44,6 +52,10 @@ class Grade:
         return Grade(1.0 if predicted == answer else -1.0, predicted == answer, predicted)
 
 
+EVAL_KEY = "evaluation"
+"""Seeds an evaluation: the same problems in every run and at every step."""
+
+
 class Task(Protocol):
     """What the training loop asks of a task."""
 
@@ -60,7 +72,10 @@ class Task(Protocol):
         """The last so many of these tokens are penalised (DAPO's soft overlong punishment); 0 switches it off."""
 
     def problems(self, count: int, key: str) -> list[Problem]:
-        """Draw ``count`` problems; equal keys give equal draws."""
+        """Draw ``count`` problems to train on; equal keys give equal draws."""
+
+    def evaluation(self, count: int) -> list[Problem]:
+        """Problems to evaluate on: no two alike, always the same, fewer than ``count`` where there are no more."""
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """Grade the text of a response, special tokens removed."""
@@ -77,8 +92,14 @@ class SortDigits:
 
     def problems(self, count: int, key: str) -> list[Problem]:
         draw = random.Random(f"{self.name}/{key}")
-        rows = ("".join(draw.choice("0123456789") for _ in range(self.digits)) for _ in range(count))
-        return [Problem(f"{row}>", "".join(sorted(row))) for row in rows]
+        return [self._problem(draw) for _ in range(count)]
+
+    def evaluation(self, count: int) -> list[Problem]:
+        return _distinct(self.name, self._problem, min(count, 10**self.digits))
+
+    def _problem(self, draw: random.Random) -> Problem:
+        row = "".join(draw.choice("0123456789") for _ in range(self.digits))
+        return Problem(f"{row}>", "".join(sorted(row)))
 
     def grade(self, problem: Problem, response: str) -> Grade:
         return Grade.of(response, problem.answer)
@@ -102,6 +123,9 @@ class Chain:
         draw = random.Random(f"{self.name}/{key}")
         return [self._problem(draw) for _ in range(count)]
 
+    def evaluation(self, count: int) -> list[Problem]:
+        return _distinct(self.name, self._problem, min(count, self.largest**self.operands))  # signs make it some more
+
     def _problem(self, draw: random.Random) -> Problem:
         total = draw.randint(1, self.largest)
         asked = answer = str(total)
@@ -116,17 +140,6 @@ class Chain:
 
     def grade(self, problem: Problem, response: str) -> Grade:
         return Grade.of(response.rpartition("=")[2], problem.answer.rpartition("=")[2])
-
-
-_NOUNS = (
-    "apple", "baby", "beach", "bell", "bird", "boat", "book", "bread", "bridge", "brother", "cake", "candle", "cat",
-    "chair", "city", "clock", "cloud", "coat", "coffee", "corn", "cow", "dance", "desk", "doctor", "dog", "door",
-    "dream", "farm", "fire", "fish", "flower", "forest", "friend", "garden", "glass", "grass", "hat", "hill", "horse",
-    "house", "island", "kitchen", "lake", "lamp", "letter", "lion", "market", "milk", "moon", "mountain", "mouse",
-    "music", "night", "ocean", "painter", "park", "piano", "queen", "rain", "river", "road", "school", "ship", "shoe",
-    "snow", "song", "soup", "spring", "star", "stone", "storm", "street", "summer", "sun", "table", "teacher", "tiger",
-    "train", "tree", "village", "wall", "water", "wind", "window", "winter", "wolf", "wood",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,10 +158,14 @@ class OneSentence:
     overlong_buffer: int = 8
 
     def problems(self, count: int, key: str) -> list[Problem]:
-        draw = random.Random(f"{self.name}/{key}")
-        words = [draw.choice(_NOUNS) for _ in range(count)]
-        request = 'Write one short sentence with the word "{}" in it.'
-        return [Problem(({"role": "user", "content": request.format(word)},), word) for word in words]
+        return [self._problem(word) for word in _drawn(TRAINING, count, f"{self.name}/{key}")]
+
+    def evaluation(self, count: int) -> list[Problem]:
+        words = _drawn(EVALUATION, min(count, len(EVALUATION)), f"{self.name}/{EVAL_KEY}")
+        return [self._problem(word) for word in words]
+
+    def _problem(self, word: str) -> Problem:
+        return Problem(({"role": "user", "content": f'Write one short sentence with the word "{word}" in it.'},), word)
 
     def grade(self, problem: Problem, response: str) -> Grade:
         text = response.strip()
@@ -184,14 +201,34 @@ class MathFile:
     def __len__(self) -> int:
         return len(self._problems)
 
+    def __repr__(self) -> str:
+        """The same in every process: the file of a warm-up is named by it."""
+        contents = hashlib.sha256(repr(self._problems).encode()).hexdigest()[:16]
+        return f"MathFile({self.name!r}, {contents}, {self.max_new_tokens}, {self.overlong_buffer})"
+
     def problems(self, count: int, key: str) -> list[Problem]:
-        draw = random.Random(f"{self.name}/{key}")
-        if count > len(self._problems):
-            return draw.choices(self._problems, k=count)
-        return draw.sample(self._problems, count)
+        return _drawn(self._problems, count, f"{self.name}/{key}")
+
+    def evaluation(self, count: int) -> list[Problem]:
+        return _drawn(self._problems, min(count, len(self._problems)), f"{self.name}/{EVAL_KEY}")
 
     def grade(self, problem: Problem, response: str) -> Grade:
         return grade_math(response, problem.answer)
+
+
+def _drawn(there: Sequence[_T], count: int, key: str) -> list[_T]:
+    """A draw that repeats nothing where there is enough."""
+    draw = random.Random(key)
+    return draw.choices(there, k=count) if count > len(there) else draw.sample(there, count)
+
+
+def _distinct(name: str, problem: Callable[[random.Random], Problem], count: int) -> list[Problem]:
+    """The problems of an evaluation, of a task that makes them up; there are ``count`` or more."""
+    draw, found = random.Random(f"{name}/{EVAL_KEY}"), dict[str, Problem]()
+    while len(found) < count:
+        made = problem(draw)
+        found.setdefault(str(made.prompt), made)
+    return list(found.values())
 
 
 TASKS: Mapping[str, type[SortDigits | Chain | OneSentence]] = {

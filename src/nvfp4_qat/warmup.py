@@ -3,6 +3,9 @@
 RL can only start where a model is right now and then. `warm_up` trains it on a task's own answers, for a number of
 steps or until a right answer is sampled with a given chance, and keeps the result in the user's cache directory under a
 name that says what it depends on.
+
+A warm-up that is interrupted or killed is continued (`nvfp4_qat.warmup_partial`). Every batch is seeded by its step's
+number, so what is left comes out as it would have.
 """
 
 import hashlib
@@ -24,6 +27,7 @@ from .policy_update import response_logits, response_logprobs
 from .rollouts import Batch, Graded, collate
 from .runlog import save_file
 from .tasks import Task, encode_prompts
+from .warmup_partial import Partial, partial_file
 
 LOOK_EVERY = 50
 """Steps between two looks at the chance of a right answer."""
@@ -55,33 +59,47 @@ def warm_up(
 
     Returns:
         Whether there was anything to train.
+
+    Raises:
+        KeyboardInterrupt: passed on after what is finished has been saved.
     """
     if cfg.warmup_steps == 0:
         return False
     device = torch.device(device)
-    path = _file(cfg, task, model, device)
+    path = warmup_file(cfg, task, model, device)
     if path.is_file():
+        partial_file(path).unlink(missing_ok=True)  # of a process that was killed between the two
         model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         return False
     model.to(device)
     held_out = _answers(tokenizer, task, HELD_OUT, f"held-out/{cfg.weights_seed}").to(device)
     optimizer = MasterAdamW(model.parameters(), cfg.warmup_lr, weight_decay=0.01)
-    for step in range(cfg.warmup_steps):
-        optimizer.set_lr(cfg.warmup_lr * _schedule(step, cfg))
-        batch = _answers(tokenizer, task, cfg.warmup_batch, f"warmup/{cfg.weights_seed}/{step}").to(device)
-        logits = response_logits(model, batch)[batch.mask]
-        loss = F.cross_entropy(logits, batch.ids[:, -batch.mask.shape[1] :][batch.mask])
-        loss.backward()
-        optimizer.accumulate()
-        optimizer.clip(1.0)
-        optimizer.step()
-        progress(step + 1, float(loss.detach()))
-        look = cfg.warmup_until is not None and (step + 1) % LOOK_EVERY == 0
-        if look and chance_of_right(model, held_out) >= cfg.warmup_until:  # type: ignore[operator]
-            break
-    model.to("cpu")
-    save_file(path, model.state_dict())
+    partial = Partial(path, optimizer, cfg.checkpoint_seconds)
+    with partial.saved_on_interrupt():
+        for step in range(partial.done, cfg.warmup_steps):
+            if _is_enough(model, held_out, step, cfg):
+                break
+            optimizer.set_lr(cfg.warmup_lr * _schedule(step, cfg))
+            batch = _answers(tokenizer, task, cfg.warmup_batch, f"warmup/{cfg.weights_seed}/{step}").to(device)
+            logits = response_logits(model, batch)[batch.mask]
+            loss = F.cross_entropy(logits, batch.ids[:, -batch.mask.shape[1] :][batch.mask])
+            loss.backward()
+            optimizer.accumulate()
+            optimizer.clip(1.0)
+            with partial.update(step):
+                optimizer.step()
+            progress(step + 1, float(loss.detach()))
+        model.to("cpu")
+        save_file(path, model.state_dict())
+    partial_file(path).unlink(missing_ok=True)
     return True
+
+
+def _is_enough(model: Any, held_out: Batch, step: int, cfg: DemoConfig) -> bool:
+    """Whether a right answer is sampled often enough, where a look is due before this step."""
+    if cfg.warmup_until is None or step == 0 or step % LOOK_EVERY:
+        return False
+    return chance_of_right(model, held_out) >= cfg.warmup_until
 
 
 @torch.no_grad()
@@ -113,7 +131,7 @@ def _answers(tokenizer: Any, task: Task, count: int, key: str) -> Batch:
     return collate([group], tokenizer.pad_token_id)
 
 
-def _file(cfg: DemoConfig, task: Task, model: Any, device: torch.device) -> Path:
+def warmup_file(cfg: DemoConfig, task: Task, model: Any, device: torch.device) -> Path:
     """A path in the cache that is named by all that the warmed-up weights follow from."""
     ingredients = {
         "model": model.config.to_dict(),
