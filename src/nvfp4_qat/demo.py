@@ -28,7 +28,7 @@ import torch
 
 from .demo_config import ARMS, PLACEMENT, DemoConfig
 from .errors import UserError
-from .machine import available_cores, versions
+from .machine import available_cores, circumstances, versions
 from .models import load_model
 from .report import write_report
 from .rl import train_arm, trainer_device
@@ -58,6 +58,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     _check_directory(cfg)
     task = make_task(cfg.task, cfg.model)
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
+    now, before = circumstances(trainer_device(cfg)), _circumstances(cfg)
+    computed = False
     spent = sum(row["time/step"] for log in logs.values() for row in log.rows)
     started = time.monotonic()
     loaded = load_model(cfg.model, seed=cfg.weights_seed)
@@ -67,12 +69,19 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     def conclude(interrupted: bool = False) -> dict[str, Any]:
         seconds = spent + time.monotonic() - started
         summary = summarize(cfg, task.name, {arm: log.rows for arm, log in logs.items()}, loaded.note, seconds)
+        # A run in pieces has several; looking at a finished one again adds none.
+        summary["circumstances"] = [*before, now] if now not in before and (computed or not before) else before
         if interrupted:
             summary["interrupted"] = True
         replace_file(cfg.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         if any(log.rows for log in logs.values()):
             write_report(cfg.out)
         return summary
+
+    def progress(row: Row) -> None:
+        nonlocal computed
+        computed = True
+        bar.step(row)
 
     threads = torch.get_num_threads()
     with _Bar(cfg) as bar:
@@ -82,7 +91,7 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
             bar.end_warmup()
             for arm in cfg.arms:
                 bar.arm(arm)
-                train_arm(loaded.model, loaded.tokenizer, task, arm, cfg, logs[arm], bar.step, bar.skip)
+                train_arm(loaded.model, loaded.tokenizer, task, arm, cfg, logs[arm], progress, bar.skip)
                 summary = conclude()
         except KeyboardInterrupt:
             conclude(interrupted=True)
@@ -119,6 +128,14 @@ def _check_directory(cfg: DemoConfig) -> None:
         if differing:
             changes = ", ".join(f"{name}: {saved.get(name)} then, {identity.get(name)} now" for name in differing)
             raise UserError(f"{cfg.out} was begun with other settings ({changes}): use the same or another directory")
+
+
+def _circumstances(cfg: DemoConfig) -> list[dict[str, Any]]:
+    """Those of the pieces of a run that have been computed."""
+    path = cfg.out / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found: list[dict[str, Any]] = summary.get("circumstances", [])
+    return found
 
 
 # --- what is reported ------------------------------------------------------------------------------------------------
