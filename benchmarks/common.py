@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nvfp4_qat import machine
 from nvfp4_qat.jsonl import Row, append_rows, read_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -219,14 +219,5 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the code, "+" if files differ from it; ``NVFP4_QAT_COMMIT`` where there is no repository."""
-    given = os.environ.get("NVFP4_QAT_COMMIT")
-    if given:
-        return given
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "--", "../src", "."], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    """The commit of the code (`nvfp4_qat.machine.commit`)."""
+    return machine.commit(Path(__file__).resolve().parent.parent) or "unknown"

@@ -3,19 +3,18 @@
 ``experiments/results/<name>/`` gets
 
 =================  =================================================================================================
-``runs.jsonl``     a line a run: its settings, versions, GPU, commit, date, seconds
+``runs.jsonl``     a line a run: its settings, seconds, and the circumstances of each piece of it
 ``metrics.jsonl``  a line a step of each run, the columns that pages are made of, to six digits
 ``measured.jsonl`` the rows of `measure`
 =================  =================================================================================================
 
-Runs that are there already are replaced, others stay: an experiment can be collected in pieces.
+Runs that are there already are replaced, others stay: an experiment can be collected in pieces. Commit, GPU, versions
+and date are those that runs and measurements recorded themselves, not those of the collection.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ from experiment import Experiment
 from rows import read
 
 from nvfp4_qat.runlog import replace_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-from common import commit  # noqa: E402
 
 COLUMNS = (
     "step", "reward", "accuracy", "entropy", "response_length", "groups_trained", "batches_drawn", "grad_norm",
@@ -54,15 +49,11 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         if not rows or not (folder / "summary.json").exists():
             continue
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        about = {name: summary.get(name) for name in ("config", "engine", "versions", "note", "seconds")}
-        when = datetime.datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, datetime.timezone.utc)
-        where = {"date": when.strftime("%Y-%m-%d"), "commit": commit()}
+        about = {name: summary.get(name) for name in ("config", "engine", "circumstances", "note", "seconds")}
         if (start := summary.get("starting_weights")) is not None:
             about["starting_weights"] = start["sha256"]
         arm = experiment.arm(run.name)
-        runs.append(
-            {"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about, **where}
-        )
+        runs.append({"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about})
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
     _merge(results / "runs.jsonl", runs)
     _merge(results / "metrics.jsonl", metrics)

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/experiments.md and write its sections, both from the rows in experiments/results/.
+"""Draw the pictures of docs/experiments.md and write its sections and README's headline, from experiments/results/.
 
     python experiments/figures.py
 
@@ -20,17 +20,26 @@ from nvfp4_qat.report import COLOURS, DASHES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+from claims import headline  # noqa: E402
 from page import updated  # noqa: E402
-from rows import Results  # noqa: E402
+from rows import RESULTS, Results  # noqa: E402
 from sections import CURVES, sections  # noqa: E402
+from words import MODELS, label  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, FOLDER = "experiments.md", "experiments"
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- headline: written by experiments/figures.py -->", "<!-- headline end -->"
+
+BELOW = (
+    "Trainer on a GPU, rollouts by vLLM with CUDA graphs. In brackets: 95 % intervals; what they are, and the rest, is "
+    "in [experiments](docs/experiments.md)."
+)
 
 PANELS = (
     ("rollout_corr/k3_kl", "k3 KL between rollout and trainer", True),
     ("reward", "mean reward", False),
-    ("eval/accuracy", "held-out accuracy in own precision", False),
+    ("eval/accuracy", "held-out accuracy (own precision)", False),
     ("entropy", "entropy, nats a token", False),
     ("grad_norm", "gradient norm before clipping", True),
     ("flips/codes", "4-bit codes that a step changes", True),
@@ -51,33 +60,61 @@ def draw_curves(results: Results, names: Sequence[str], path: Path) -> None:
     for axes, (column, title, log) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name in names:
             _curve(axes, results, name, column, log)
-        if log and any(value > 0 for name in names for run in results.columns(name, column) for value in run):
+        if log and _positive(results, names, column):
             axes.set_yscale("log")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8, which="both")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("step", fontsize=10)
+        axes.tick_params(labelsize=9, which="both")
         axes.grid(True, color="#e3e6ea", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _positive(results: Results, names: Sequence[str], column: str) -> bool:
+    runs = [run for name in names for run in results.points(name, column).values()]
+    return any(value > 0 for run in runs for value in run.values())
 
 
 def _curve(axes: Any, results: Results, name: str, column: str, log: bool) -> None:
     arm = results.arm(name)
     colour, dashes = COLOURS.get(arm, "#5b6570"), DASHES.get(arm, "-")
-    runs = [results.points(key, column) for key in results.keys(name)]
-    runs = [(steps, values) for steps, values in runs if values]
+    points = results.points(name, column)
+    sparse = column.startswith("eval/")
+    if sparse:  # the last evaluation is that of the weights after the last step
+        for seed, run in results.points(name, column.replace("eval/", "eval_end/")).items():
+            points[seed] |= {step + 1: value for step, value in run.items()}
+    runs = [run for run in points.values() if run]
     if not runs:
         return
-    sparse = column.startswith("eval/")
-    for steps, values in runs:
-        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-    length = min(len(values) for _, values in runs)
-    means = [sum(values[i] for _, values in runs) / len(runs) for i in range(length)]
-    drawn = means if sparse else moving_mean(means, log)
-    axes.plot(runs[0][0][:length], drawn, color=colour, linewidth=2.0, linestyle=dashes, label=name)
+    for run in runs:
+        axes.plot(list(run), list(run.values()), color=colour, linewidth=0.7, alpha=0.25)
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    means = [sum(run[step] for run in runs) / len(runs) for step in steps]
+    drawn, marker = (means, "o") if sparse else (moving_mean(means, log), None)
+    axes.plot(
+        steps, drawn, color=colour, linewidth=2.0, linestyle=dashes, marker=marker, markersize=4,
+        label=label(results, name),
+    )  # fmt: skip
+
+
+def with_headline(readme: str, folder: Path = RESULTS) -> str:
+    """README with what is between its markers renewed; nothing is there while there are no rows.
+
+    Args:
+        readme: its text.
+        folder: where the experiments' rows are.
+    """
+    before, found, rest = readme.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not found or not ended:
+        raise SystemExit(f"README has lost the markers {BEGIN} and {END}")
+    table = headline([Results(name, folder) for name in MODELS])
+    shown = f"{table}\n\n{BELOW}\n" if table else ""
+    return f"{before}{BEGIN}\n{shown}{END}{after}"
 
 
 def main() -> int:
@@ -90,6 +127,7 @@ def main() -> int:
     page.write_text(
         updated(page.read_text(encoding="utf-8"), sections(), FOLDER, "experiments/figures.py"), encoding="utf-8"
     )
+    README.write_text(with_headline(README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

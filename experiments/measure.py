@@ -7,11 +7,16 @@ measured again.
 ``paired``
     The 4-bit engine samples responses. These tokens are scored by it, by the bf16 engine that holds the *dequantized*
     weights, and by the trainer, which computes with the same values. A row holds for every response the sum of its
-    tokens' k3 between trainer and each engine. The ratio of the two means is what 4-bit kernels add to the mismatch
-    that bf16 has; `variants` says what else either side may hold.
+    tokens' k3 between trainer and each engine: ``k3_nvfp4`` and ``k3_bf16`` of whole sequences that are scored, and
+    ``k3_sampled`` of what the 4-bit engine said of each token when it sampled it, one after the other with a KV cache.
+    The ratio of the first two is what 4-bit kernels add to the mismatch that bf16 has; `variants` says what else either
+    side may hold, and ``differs`` how much of it is not the contract's.
 ``evaluation``
-    Accuracy of the weights after the last step: in bf16, in 4 bits, and in 4 bits with attention in bf16 where a run
-    was trained like that. All runs are asked the same problems.
+    The weights after the last step: in bf16, in 4 bits, and in 4 bits with attention in bf16 where a run was trained
+    like that. All runs are asked the same problems; ``right`` holds for each how many responses are right.
+
+All runs of an experiment begin with the same weights: those before the first step are measured once, as the first
+run's. A row also holds `nvfp4_qat.machine.circumstances`.
 """
 
 from __future__ import annotations
@@ -28,20 +33,22 @@ from experiment import Experiment, Run
 from rows import read
 from safetensors.torch import load_file
 from torch import Tensor
-from variants import VARIANTS, Variant, sides
+from variants import VARIANTS, Variant, differences, sides
 
 import nvfp4_qat as nq
 from nvfp4_qat.alone import alone
 from nvfp4_qat.demo_config import DemoConfig
 from nvfp4_qat.engine import Sample, SamplingEngine
+from nvfp4_qat.machine import circumstances
 from nvfp4_qat.models import load_model
 from nvfp4_qat.policy_update import response_logprobs
 from nvfp4_qat.rl import arm_plan, prepare_arm, start_engine, stop_ids, trainer_device
-from nvfp4_qat.rollouts import Graded, collate, evaluate, stable_seed
+from nvfp4_qat.rollouts import Graded, collate, right_answers, stable_seed
 from nvfp4_qat.runlog import kept_weights, load_kept
 from nvfp4_qat.tasks import encode_prompts, make_task
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import append  # noqa: E402
 
@@ -105,6 +112,7 @@ class Bench:
             key: seeds problems and sampling.
         """
         both = sides(masters, self.plans["nvfp4"], variant)
+        contract = sides(masters, self.plans["nvfp4"], VARIANTS["contract"])
         load_kept(self.model, both.trainer)
         self.engines["nvfp4"].load(both.stream())
         self.engines["bf16"].load(iter(both.trainer.items()))
@@ -114,13 +122,14 @@ class Bench:
         )
         samples = [sample for group in groups for sample in group]
         trainer = self._trainer(samples)
-        moved = [float((a != masters[n]).float().mean()) for n, a in both.trainer.items() if n in both.packed]
         return {
             "tokens": sum(len(sample.response) for sample in samples),
             "k3_nvfp4": _k3_sums(trainer, self.engines["nvfp4"].score(samples)),
             "k3_bf16": _k3_sums(trainer, self.engines["bf16"].score(samples)),
+            "k3_sampled": _k3_sums(trainer, [sample.logprobs for sample in samples]),
             "lengths": [len(sample.response) for sample in samples],
-            "weights_moved": sum(moved) / len(moved),
+            "samples": SAMPLES,
+            "differs": differences(both, contract),
         }
 
     @torch.no_grad()
@@ -139,8 +148,8 @@ class Bench:
             plan = self.plans[name]
             stream = iter(masters.items()) if name == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
             engine.load(stream)
-            found = evaluate(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
-            yield {"precision": name, "samples": EVALUATED_SAMPLES, **found}
+            right, length = right_answers(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
+            yield {"precision": name, "samples": EVALUATED_SAMPLES, "right": right, "response_length": length}
 
 
 def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:
@@ -181,6 +190,7 @@ def _measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
     todo = [(run, row) for run in runs for row in _rows(experiment, out, run) if _identity(row) not in done]
     if not todo:
         return
+    where = circumstances(trainer_device(experiment.config(runs[0], out)), ROOT)
     ffn = any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
     with Bench(experiment.config(runs[0], out), ffn) as bench:
         for run, row in todo:
@@ -189,7 +199,7 @@ def _measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
                 found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
             else:
                 found = list(bench.evaluations(masters))
-            append(measured_file(out, run.seed), [{**row, **numbers} for numbers in found])
+            append(measured_file(out, run.seed), [{**row, **numbers, **where} for numbers in found])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -201,19 +211,27 @@ def _rows(experiment: Experiment, out: Path, run: Run) -> Iterator[dict[str, Any
     kept = kept_weights(out / run.key, experiment.arm(run.name))
     if not kept:
         return
-    last = max(kept)
-    yield {"kind": "evaluation", "run": run.key, "step": last, "path": str(kept[last])}
+
+    def row(kind: str, step: int, **more: str) -> dict[str, Any]:
+        return {"kind": kind, "run": run.key, "step": step, **more, "path": str(kept[step])}
+
+    seed = experiment.seeds[0]
+    if 0 in kept and run == Run(next(iter(experiment.runs)), seed):
+        yield row("evaluation", 0)
+    if max(kept) > 0:
+        yield row("evaluation", max(kept))
     if run.name in experiment.paired:
-        for step, path in kept.items():
-            yield {"kind": "paired", "run": run.key, "step": step, "variant": "contract", "path": str(path)}
+        for step in kept:
+            if step > 0 or run == Run(experiment.paired[0], seed):
+                yield row("paired", step, variant="contract")
     if run.name == experiment.variants:
         steps = list(kept)
         chosen = [steps[round(i * (len(steps) - 1) / (VARIANT_STEPS - 1))] for i in range(VARIANT_STEPS)]
         for step in dict.fromkeys(chosen):
             for variant in VARIANTS:
-                if variant != "contract" or run.name not in experiment.paired:
-                    where = str(kept[step])
-                    yield {"kind": "paired", "run": run.key, "step": step, "variant": variant, "path": where}
+                measured = variant == "contract" and run.name in experiment.paired
+                if not measured and (step > 0 or run.seed == seed):
+                    yield row("paired", step, variant=variant)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from nvfp4_qat.errors import UserError
+from nvfp4_qat.machine import commit
 
 GRACE = 40.0
 """Seconds that all runs together have to write their summaries and end their engines."""
@@ -124,7 +125,9 @@ class Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, min(8, (os.cpu_count() or 1) // len(self.slots)))
         seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        environment = {**os.environ, **seen, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        # Told to them, as an installed package does not know its commit.
+        told = {"NVFP4_QAT_COMMIT": commit(Path(__file__).resolve().parent.parent) or ""}
+        environment = {**os.environ, **seen, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, str(task.script), *task.arguments]
         with log.open("ab") as file:
             return subprocess.Popen(

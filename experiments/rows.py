@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from intervals import Estimate, ratio_of_sums
+from intervals import BySeed, Estimate, ratio_of_sums
 
 from nvfp4_qat.jsonl import Row
 from nvfp4_qat.jsonl import read_rows as read
@@ -45,55 +45,80 @@ class Results:
         """Runs without their seeds, in the file's order."""
         return list(dict.fromkeys(run["name"] for run in self.runs))
 
-    def keys(self, name: str) -> list[str]:
-        """The runs of a name, one for each seed."""
-        return [run["run"] for run in self.runs if run["name"] == name]
+    def keys(self, name: str) -> dict[int, str]:
+        """The runs of a name, by seed."""
+        return {run["seed"]: run["run"] for run in self.runs if run["name"] == name}
 
     def arm(self, name: str) -> str:
         """The arm of a run."""
         return next(str(run["arm"]) for run in self.runs if run["name"] == name)
 
-    def columns(self, name: str, column: str) -> list[list[float]]:
-        """A column of each seed's run, steps without it left out."""
-        return [[row[column] for row in self._metrics.get(key, []) if column in row] for key in self.keys(name)]
+    def points(self, name: str, column: str) -> dict[int, dict[int, float]]:
+        """A column of the runs of a name: by seed and step, steps without it left out."""
+        return {
+            seed: {row["step"]: row[column] for row in self._metrics.get(key, []) if column in row}
+            for seed, key in self.keys(name).items()
+        }
 
-    def points(self, key: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column of one run."""
-        rows = [row for row in self._metrics.get(key, []) if column in row]
-        return [row["step"] for row in rows], [row[column] for row in rows]
+    def common(self, names: Sequence[str], column: str) -> dict[str, dict[int, list[float]]]:
+        """A column of runs that are compared, by name and seed, over the steps that all of them with this seed have."""
+        points = {name: self.points(name, column) for name in names}
+        found: dict[str, dict[int, list[float]]] = {name: {} for name in names}
+        for seed in sorted({seed for runs in points.values() for seed in runs}):
+            there = {name: runs[seed] for name, runs in points.items() if runs.get(seed)}
+            steps = sorted(set.intersection(*(set(values) for values in there.values()))) if there else []
+            for name, values in there.items():
+                if steps:
+                    found[name][seed] = [values[step] for step in steps]
+        return found
 
-    def paired(self, variant: str, names: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> list[Row]:
-        """Paired rows of a variant, of some runs and steps."""
-        keys = None if names is None else {key for name in names for key in self.keys(name)}
+    def paired(self, variant: str, seed: int | None = None) -> list[Row]:
+        """Paired rows of a variant, of all seeds or of one."""
+        keys = {run["run"] for run in self.runs if seed is None or run["seed"] == seed}
         return [
-            row
-            for row in self.measured
-            if row["kind"] == "paired"
-            and row["variant"] == variant
-            and (keys is None or row["run"] in keys)
-            and (steps is None or row["step"] in steps)
+            row for row in self.measured if row["kind"] == "paired" and row["variant"] == variant and row["run"] in keys
         ]
 
-    def evaluations(self, name: str, precision: str) -> list[Row]:
-        """Evaluations of the last weights of a run, one a seed."""
-        keys = set(self.keys(name))
-        return [
-            row
-            for row in self.measured
-            if row["kind"] == "evaluation" and row["run"] in keys and row["precision"] == precision
-        ]
+    def answers(self, name: str, precision: str) -> dict[int, list[float]]:
+        """Evaluation after the last step: the share of right answers to each problem, by seed.
+
+        A run that was evaluated earlier only is left out, as runs are compared after as many steps.
+        """
+        rows = self._evaluations(precision)
+        last = max((row["step"] for row in rows if row["step"] > 0), default=None)
+        found = {row["run"]: shares(row) for row in rows if row["step"] == last}
+        return {seed: found[key] for seed, key in self.keys(name).items() if key in found}
+
+    def first_answers(self, precision: str) -> dict[int, list[float]]:
+        """The same of the weights that all runs begin with, which are evaluated once."""
+        rows = [row for row in self._evaluations(precision) if row["step"] == 0]
+        return {0: shares(rows[0])} if rows else {}
+
+    def _evaluations(self, precision: str) -> list[Row]:
+        return [row for row in self.measured if row["kind"] == "evaluation" and row["precision"] == precision]
+
+
+def shares(row: Row) -> list[float]:
+    """An evaluation's share of right answers to each problem."""
+    return [right / row["samples"] for right in row["right"]]
 
 
 def paired_ratio(rows: Sequence[Row]) -> Estimate:
-    """k3 of the 4-bit engine over that of the bf16 engine, per token, over the responses of some paired rows."""
-    return ratio_of_sums(pooled(rows, "k3_nvfp4"), pooled(rows, "k3_bf16"))
+    """k3 of the 4-bit engine over that of the bf16 engine, over the tokens of some paired rows."""
+    return ratio_of_sums([by_prompt(row, "k3_nvfp4") for row in rows], [by_prompt(row, "k3_bf16") for row in rows])
 
 
-def pooled(rows: Sequence[Row], column: str) -> list[float]:
-    """A column that holds a value a response, of several rows."""
-    return [value for row in rows for value in row[column]]
+def by_prompt(row: Row, column: str) -> list[float]:
+    """A paired row's sums over all responses to a prompt."""
+    values, samples = row[column], row["samples"]
+    return [sum(values[i : i + samples]) for i in range(0, len(values), samples)]
 
 
 def per_token(rows: Sequence[Row], column: str) -> float:
-    """Its sum over the number of tokens."""
-    return sum(pooled(rows, column)) / sum(row["tokens"] for row in rows)
+    """A column that holds a sum a response, over the number of tokens, of several rows."""
+    return float(sum(sum(row[column]) for row in rows) / sum(row["tokens"] for row in rows))
+
+
+def last_quarter(runs: Mapping[str, BySeed]) -> dict[str, dict[int, Sequence[float]]]:
+    """The last quarter of the steps of `Results.common`, at least one step."""
+    return {name: {seed: run[-max(len(run) // 4, 1) :] for seed, run in seeds.items()} for name, seeds in runs.items()}

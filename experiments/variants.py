@@ -17,6 +17,8 @@ name                   the trainer                                             t
 
 The other's code is compressed-tensors' (observed minimum and maximum, as llm-compressor uses it). ``unfused`` leaves
 fused experts as they are, as gate and up are one tensor there.
+
+On given weights a variant may come to the very bytes of the contract; `differences` counts.
 """
 
 from __future__ import annotations
@@ -53,13 +55,13 @@ class Variant:
     engine: Packer | None = None
     twice: bool = False
 
-    def sides(self, group: Group) -> tuple[list[Tensor], list[nq.PackedNVFP4]]:
-        """The weights that the trainer computes with, bf16, and the bytes that the engine is sent."""
+    def sides(self, group: Group) -> tuple[list[Tensor], list[nq.PackedNVFP4], list[nq.PackedNVFP4]]:
+        """The weights that the trainer computes with, bf16; the bytes they come from; those that the engine is sent."""
         packed = self.trainer(group)
         values = [p.dequantize() for p in packed]
         if self.engine is None:
-            return values, packed
-        return values, self.engine(values if self.twice else group)
+            return values, packed, packed
+        return values, packed, self.engine(values if self.twice else group)
 
 
 def _amaxes(group: Group) -> Tensor:
@@ -149,9 +151,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Sides:
-    """A model's weights under a variant, by canonical name: bf16 in the trainer, 4-bit where the plan says so."""
+    """A model's weights under a variant, by canonical name.
+
+    Args:
+        trainer: every weight as the trainer computes with it, bf16.
+        stands: of those that are 4-bit, the bytes that the trainer's values come from.
+        packed: the bytes that the engine is sent for them.
+    """
 
     trainer: Mapping[str, Tensor]
+    stands: Mapping[str, nq.PackedNVFP4]
     packed: Mapping[str, nq.PackedNVFP4]
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -172,10 +181,45 @@ def sides(masters: Mapping[str, Tensor], plan: nq.QuantPlan, variant: Variant) -
         plan: what is 4-bit.
         variant: how.
     """
-    trainer, packed = dict(masters), dict[str, nq.PackedNVFP4]()
+    trainer, stands, packed = dict(masters), dict[str, nq.PackedNVFP4](), dict[str, nq.PackedNVFP4]()
     for members in plan.groups().values():
-        values, sent = variant.sides([masters[m.name] for m in members])
-        for member, value, bytes_sent in zip(members, values, sent, strict=True):
+        made = variant.sides([masters[m.name] for m in members])
+        for member, value, bytes_meant, bytes_sent in zip(members, *made, strict=True):
             trainer[member.name] = value
+            stands[member.name] = bytes_meant
             packed[member.name] = bytes_sent
-    return Sides(trainer, packed)
+    return Sides(trainer, stands, packed)
+
+
+def differences(variant: Sides, contract: Sides) -> dict[str, dict[str, int]]:
+    """How much of the weights in 4 bits is not what the contract makes of the same master weights.
+
+    Args:
+        variant: what either side holds.
+        contract: the same under the contract.
+
+    Returns:
+        For ``trainer`` and ``engine``: how many ``values`` differ (dequantized, bf16), bytes of ``codes``, block
+        ``scales``, and global scales (``divisors``). ``of``: how many there are of each.
+    """
+    names = list(contract.packed)
+    return {
+        "trainer": _differing([(variant.stands[n], contract.stands[n]) for n in names]),
+        "engine": _differing([(variant.packed[n], contract.packed[n]) for n in names]),
+        "of": {
+            "values": sum(contract.trainer[n].numel() for n in names),
+            "codes": sum(contract.packed[n].packed.numel() for n in names),
+            "scales": sum(contract.packed[n].scale.numel() for n in names),
+            "divisors": sum(contract.packed[n].global_scale.numel() for n in names),
+        },
+    }
+
+
+def _differing(pairs: Sequence[tuple[nq.PackedNVFP4, nq.PackedNVFP4]]) -> dict[str, int]:
+    found = dict.fromkeys(("values", "codes", "scales", "divisors"), 0)
+    for a, b in pairs:
+        found["values"] += int((a.dequantize() != b.dequantize()).sum())
+        found["codes"] += int((a.packed != b.packed).sum())
+        found["scales"] += int((a.scale.view(torch.uint8) != b.scale.view(torch.uint8)).sum())
+        found["divisors"] += int((a.global_scale.reshape(-1) != b.global_scale.reshape(-1)).sum())
+    return found

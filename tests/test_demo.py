@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nvfp4_qat.demo import run_demo, summarize_arm
 from nvfp4_qat.demo_config import ARMS, PRESETS, DemoConfig
 from nvfp4_qat.engine import RolloutEngine
 from nvfp4_qat.errors import UserError
-from nvfp4_qat.machine import available_cores
+from nvfp4_qat.machine import CODE, available_cores, commit
 from nvfp4_qat.models import MADE
 from nvfp4_qat.rl import plain_weights
 from nvfp4_qat.tasks import SortDigits
@@ -107,19 +108,26 @@ def test_ctrl_c_leaves_a_report_and_resume_finishes_the_run(tmp_path, saved_mode
     resumed = micro_config(cut.out, model=saved_model, arms=("bf16", "qat"), resume=True)
     summary = run_demo(resumed)
     assert "interrupted" not in summary
+    # Looked at again, elsewhere, nothing is computed; what was told when it was stays.
+    monkeypatch.setattr(demo, "circumstances", lambda device: {"commit": "another"})
+    assert run_demo(resumed)["circumstances"] == summary["circumstances"] == partial["circumstances"]
     for arm in ("bf16", "qat"):
         same = [[without_timings(row) for row in rows_of(run.out, arm)] for run in (whole, cut)]
         assert same[0] == same[1]
     assert summary["seconds"] > 0
 
 
-def test_resume_may_add_arms_but_not_change_settings(tmp_path, saved_model):
+def test_resume_may_add_arms_but_not_change_settings(tmp_path, saved_model, monkeypatch):
     out = tmp_path / "run"
     run_demo(micro_config(out, model=saved_model, arms=("bf16",), steps=1))
     with pytest.raises(UserError, match="lr: 0.001 then, 0.002 now"):
         run_demo(micro_config(out, model=saved_model, arms=("bf16",), steps=1, lr=2e-3, resume=True))
+    (first,) = json.loads((out / "summary.json").read_text())["circumstances"]
+    assert first["gpu"] is None and "torch" in first["versions"] and first["date"] > "2026"
+    monkeypatch.setattr(demo, "circumstances", lambda device: {"commit": "another"})
     summary = run_demo(micro_config(out, model=saved_model, arms=("qat",), steps=1, resume=True))
     assert list(summary["arms"]) == ["bf16", "qat"]
+    assert summary["circumstances"] == [first, {"commit": "another"}]  # of each piece of the run
 
 
 def test_directories_that_are_not_ours(tmp_path):
@@ -273,3 +281,31 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path, saved_model, monke
     monkeypatch.setattr(demo, "train_arm", train)
     assert said and list(run_demo(micro_config(cfg.out, model=saved_model, steps=1, resume=True))["arms"])
     assert not list(cfg.out.glob("*lock*")) + list(cfg.out.glob(".*"))
+
+
+def test_a_commit_is_told_with_a_mark_where_code_differs(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVFP4_QAT_COMMIT", "told")
+    assert commit(tmp_path) == "told"
+    monkeypatch.delenv("NVFP4_QAT_COMMIT")
+    assert commit(tmp_path) is None
+
+    def git(*arguments):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *own, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    for folder in (*CODE, "experiments/results"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    head = git("rev-parse", "HEAD")[:10]
+    assert commit(tmp_path) == head
+    (tmp_path / "experiments/results/file").write_text("rows")
+    (tmp_path / "README").write_text("text")
+    assert commit(tmp_path) == head  # neither is code
+    (tmp_path / "experiments/file").write_text("b")
+    assert commit(tmp_path) == f"{head}+"

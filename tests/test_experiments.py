@@ -1,21 +1,26 @@
 """Experiments run from a file to a page, on a tiny model without a GPU; what they compute is checked otherwise."""
 
 import json
+import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import nvfp4_qat as nq
+from nvfp4_qat.engine import Sample
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.models import load_model
 from nvfp4_qat.reference import quantize
-from nvfp4_qat.rl import plain_weights
+from nvfp4_qat.rl import arm_plan, plain_weights
 from nvfp4_qat.runlog import load_kept
+from nvfp4_qat.tasks import make_task
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
@@ -25,11 +30,12 @@ import measure  # noqa: E402
 import pool  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
-from common import append  # noqa: E402
+from collect import collect  # noqa: E402
 from experiment import Experiment, Run  # noqa: E402
-from intervals import mean_of_runs, ratio_of_runs, ratio_of_sums  # noqa: E402
 from rows import Results  # noqa: E402
-from variants import VARIANTS, shared, sides, unclamped  # noqa: E402
+from section_contract import VARIANT_WORDS  # noqa: E402
+from variants import VARIANTS, differences, shared, sides, unclamped  # noqa: E402
+from words import MODELS  # noqa: E402
 
 CONFIG = """
 model: tiny
@@ -84,10 +90,72 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
     assert {row["run"] for row in measured if row["kind"] == "evaluation"} == {"bf16-s0", "qat-s0"}
     by = {(row["variant"], row["step"]): row for row in measured if row["kind"] == "paired"}
     for step in (0, 1, 2):
-        # Packing the trainer's values again gives the same bytes; rounding by other rules does not.
+        # Packing the trainer's values again gives the same values; rounding by other rules does not.
         assert by["repacked", step]["k3_nvfp4"] == by["contract", step]["k3_nvfp4"]
         assert sum(by["requantized", step]["k3_nvfp4"]) > 5 * sum(by["contract", step]["k3_nvfp4"])
         assert sum(by["contract", step]["lengths"]) == by["contract", step]["tokens"]
+        for variant in VARIANTS:
+            trainer, engine = (any(by[variant, step]["differs"][side].values()) for side in ("trainer", "engine"))
+            assert trainer == (variant in ("amax", "unfused")), variant
+            if variant != "repacked":
+                assert engine == (variant in ("amax", "unfused", "requantized", "rounded-twice")), variant
+        # A group's largest value may be rounded to below a power of two: then scales move, and no value.
+        assert by["repacked", step]["differs"]["engine"]["values"] == 0
+    # Of the weights that all runs begin with there is one evaluation, of those after the last step one a run.
+    evaluated = [(row["run"], row["step"], row["precision"]) for row in measured if row["kind"] == "evaluation"]
+    assert sorted(evaluated) == [
+        (run, step, precision)
+        for run, step in (("bf16-s0", 0), ("bf16-s0", 2), ("qat-s0", 2))
+        for precision in ("bf16", "nvfp4")
+    ]
+    assert all(len(row["right"]) == 3 for row in measured if row["kind"] == "evaluation")
+    assert all(row["commit"] and row["date"] and row["versions"] and row["gpu"] is None for row in measured)
+
+
+def test_engines_are_held_against_the_trainer_as_they_score_and_as_they_sampled(monkeypatch):
+    class Says:
+        def load(self, stream):
+            assert list(stream)
+
+        def generate(self, prompts, samples, *_):
+            return [[Sample(prompt, [5, 6], [-1.0, -3.0])] * samples for prompt in prompts]
+
+        def score(self, samples):
+            return [[-1.0, -2.0] for _ in samples]
+
+    monkeypatch.setattr(measure, "PROBLEMS", 2)
+    monkeypatch.setattr(measure, "SAMPLES", 3)
+    loaded = load_model("tiny")
+    bench = SimpleNamespace(
+        model=loaded.model, tokenizer=loaded.tokenizer, task=make_task("auto", "tiny"),
+        engines={"nvfp4": Says(), "bf16": Says()}, plans={"nvfp4": arm_plan(loaded.model, "noqat")},
+        _trainer=lambda samples: [[-1.0, -1.0] for _ in samples],
+    )  # fmt: skip
+    row = measure.Bench.paired(bench, dict(plain_weights(loaded.model)), VARIANTS["contract"], "key")
+    assert row["k3_nvfp4"] == row["k3_bf16"] == pytest.approx([math.e - 2] * 6, rel=1e-4)
+    assert row["k3_sampled"] == pytest.approx([math.exp(2) - 3] * 6, rel=1e-4)
+    assert (row["samples"], row["tokens"], row["lengths"]) == (3, 12, [2] * 6)
+
+
+def test_weights_that_runs_begin_with_are_measured_once(finished):
+    experiment = Experiment.load(finished / "dense.yaml")
+    both = replace(experiment, seeds=(0, 1))
+    out = finished / "two-seeds"
+    for seed in both.seeds:
+        shutil.copytree(finished / "out" / "qat-s0", out / f"qat-s{seed}")
+    first, other = (list(measure._rows(both, out, Run("qat", seed))) for seed in both.seeds)
+    assert {row["step"] for row in first} == {0, 1, 2} and {row["step"] for row in other} == {1, 2}
+
+
+def test_what_was_recorded_when_things_ran_is_collected(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    path = out / "qat-s0" / "summary.json"
+    then = [{"commit": "then", "date": "2020-01-02", "gpu": "a GPU", "versions": {"vllm": "0.1"}}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "circumstances": then}))
+    collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results")
+    bf16, qat = read(tmp_path / "results" / "runs.jsonl")
+    assert qat["circumstances"] == then and len(bf16["circumstances"]) == 1 and "commit" not in qat
 
 
 def test_what_is_done_is_not_done_again(finished, capsys):
@@ -135,9 +203,10 @@ def test_a_run_that_fails_is_named_with_the_end_of_its_log(tmp_path, capsys):
 
 def test_the_page_is_made_of_rows(finished, tmp_path):
     results = Results("dense", finished / "results")
-    assert results.names() == ["bf16", "qat"] and results.keys("qat") == ["qat-s0"]
+    assert results.names() == ["bf16", "qat"] and results.keys("qat") == {0: "qat-s0"}
     made = {section.title: section for section in sections.sections(finished / "results")}
     assert list(made) == [
+        "What was claimed, what came out",
         "Experiment 1: with and without QAT",
         "Experiment 2: all layers or FFN only",
         "The mismatch that 4-bit kernels add",
@@ -148,33 +217,12 @@ def test_the_page_is_made_of_rows(finished, tmp_path):
         [row["rollout_corr/k3_kl"] for row in read(finished / "results/dense/metrics.jsonl") if row["run"] == "qat-s0"]
     )
     mantissa = f"{kl:.2e}".split("e")[0]
-    assert f"| qat | 1 × 2 | {mantissa}·10" in comparison.table
+    assert f"| QAT | 1 × 2 | {mantissa}·10" in comparison.table
+    buys = {row.split(" | ")[1]: row for row in made["What the contract buys"].table.splitlines()}
+    assert "| nothing | nothing | – | – | no difference on these weights |" in buys[VARIANT_WORDS["unclamped"]]
+    assert "global scales: all" in buys[VARIANT_WORDS["amax"]]
     figures.draw_curves(results, results.names(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 20_000
-
-
-def test_sections_of_single_files(tmp_path):
-    where = {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02 03:04"}
-    row = {
-        "quantizer": "ours", "package": "nvfp4-qat", "version": "0.1.0", "global_scale": "fusion group",
-        "weight_error": 0.009, "bits_per_weight": 4.5005, "perplexity": 1.5, "kl": 2e-3, "kl_ratio": 1.0,
-        "kl_ratio_95": [1.0, 1.0], "model": "small", "sequences": 4, "tokens": 1234, **where,
-    }  # fmt: skip
-    append(tmp_path / "quantizers.jsonl", [row])
-    about = {"model": "Qwen/X", "gpus": 4, "masters": "fp32", "tokens": 4096, "vllm": "0.24.0", **where}
-    workers = [{"weights_loaded": 4 << 30, "kv_cache": 1 << 30, "graphs": 1 << 20}, {}]
-    workers[1] = {**workers[0], "weights_loaded": 5 << 30}
-    append(tmp_path / "real_size.jsonl", [
-        {"arm": "nvfp4", "what": "steps", "round": 1, "seconds": 9.0, **about},
-        {"arm": "nvfp4", "what": "steps", "round": 2, "seconds": 2.5, **about},
-        {"arm": "bf16", "what": "steps", "round": 1, "seconds": 3.0, **about},
-        {"arm": "nvfp4", "what": "generate", "tokens_per_second": 12345.0, "workers": workers, **about},
-    ])  # fmt: skip
-    quality, size = sections.sections(tmp_path)
-    assert "| small | ours (0.1.0) | fusion group | 0.900 % | 1.5000 |" in quality.table
-    assert "4 right answers (1,234 tokens)" in quality.text
-    assert "| a whole step | 3.00 s | 2.50 s |" in size.table and "| tokens a second | – | 12,345 |" in size.table
-    assert "| engine: weights | – | 5.37 GB |" in size.table
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -186,23 +234,13 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_kept(model, weights)
 
 
-def test_the_page_is_that_of_the_committed_rows():
-    from page import updated
-
-    page = (ROOT / "docs" / figures.PAGE).read_text(encoding="utf-8")
-    made = sections.sections()
-    assert updated(page, made, figures.FOLDER, "experiments/figures.py") == page, "run: python experiments/figures.py"
-    pictures = {section.picture.file for section in made if section.picture is not None}
-    assert {file.name for file in (ROOT / "docs" / figures.FOLDER).glob("*")} == pictures
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "config").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_files_are_right(path, tmp_path):
     experiment = Experiment.load(path)
     for chosen in experiment.chosen(None, None):
         cfg = experiment.config(chosen, tmp_path)
         assert cfg.rollout == "vllm" and cfg.rollout_kv_cache and cfg.seed == chosen.seed
-    assert set(sections.MODELS) >= {experiment.name}
+    assert set(MODELS) >= {experiment.name}
 
 
 @pytest.mark.parametrize(
@@ -255,13 +293,13 @@ def group(request):
 
 @pytest.mark.parametrize("name", ["amax", "unfused", "unclamped"])
 def test_both_sides_hold_the_same_in_these_variants(group, name):
-    values, sent = VARIANTS[name].sides(group)
-    assert all(torch.equal(v, s.dequantize()) for v, s in zip(values, sent, strict=True))
+    values, meant, sent = VARIANTS[name].sides(group)
+    assert meant is sent and all(torch.equal(v, s.dequantize()) for v, s in zip(values, sent, strict=True))
 
 
 def test_variants_do_what_their_names_say(group):
     contract = shared("pow2")(group)
-    for value, w in zip(VARIANTS["contract"].sides(group)[1], group, strict=True):
+    for value, w in zip(VARIANTS["contract"].sides(group)[2], group, strict=True):
         g = nq.global_scale(torch.stack([nq.amax(x, x.ndim - 2) for x in group]).amax(0))
         codes, scale = quantize(w, g)
         assert torch.equal(value.packed, codes) and torch.equal(value.scale.view(torch.uint8), scale.view(torch.uint8))
@@ -276,11 +314,11 @@ def test_variants_do_what_their_names_say(group):
     assert torch.equal(ours.packed[..., 16:], theirs.packed[..., 16:])
     error = [(p.dequantize() - small[0])[..., :16].float().square().sum() for p in (ours, theirs)]
     assert error[1] < error[0]
-    scales = {float(p.global_scale.reshape(-1)[0]) for p in VARIANTS["unfused"].sides(group)[1]}
+    scales = {float(p.global_scale.reshape(-1)[0]) for p in VARIANTS["unfused"].sides(group)[2]}
     assert len(scales) == len(group)
-    values, sent = VARIANTS["requantized"].sides(group)
+    values, _, sent = VARIANTS["requantized"].sides(group)
     assert not torch.equal(values[0], sent[0].dequantize())
-    values, sent = VARIANTS["repacked"].sides(group)
+    values, _, sent = VARIANTS["repacked"].sides(group)
     assert all(torch.equal(v, s.dequantize()) for v, s in zip(values, sent, strict=True))
 
 
@@ -298,31 +336,25 @@ def test_the_contract_s_stream_is_the_one_of_packed_weights(model):
         assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
-def test_ratios_of_sums_by_another_route():
-    draw = np.random.default_rng(3)
-    below = draw.exponential(size=4000)
-    above = 1.1 * below + draw.normal(scale=0.2, size=4000)
-    found = ratio_of_sums(above, below)
-    assert found.value == pytest.approx(above.sum() / below.sum())
-    # The delta method: the ratio's variance from the residuals.
-    error = np.sqrt(np.var(above - found.value * below) / len(below)) / below.mean()
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert found.low < found.bound95 < found.high
-    assert ratio_of_sums(above, below) == found  # the same page again
-
-
-def test_means_of_runs():
-    draw = np.random.default_rng(4)
-    noise = draw.normal(size=4000)
-    curve = np.convolve(noise, np.ones(4) / 4, "valid") + 2.0  # neighbours are alike
-    found = mean_of_runs([curve])
-    naive = 2 * 1.96 * curve.std() / np.sqrt(len(curve))
-    assert found.value == pytest.approx(curve.mean())
-    assert found.high - found.low > 1.5 * naive  # what drawing step by step would give
-    twice = ratio_of_runs([2 * curve], [curve])
-    assert twice.low < 2.0 < twice.high and twice.overlaps(twice)
-    apart = mean_of_runs([np.ones(50), np.full(50, 3.0)])
-    assert (apart.value, apart.low, apart.high) == (2.0, 1.0, 3.0)  # seeds are drawn, too
+def test_what_differs_from_the_contract_is_counted(group):
+    plan = SimpleNamespace(groups=lambda: {"g": [SimpleNamespace(name=str(i)) for i in range(len(group))]})
+    group = [w.clone() for w in group]
+    group[0][..., 0, :16] *= 2.0**-15  # blocks whose scale is below the bound, in the first weight
+    masters = dict(zip(map(str, range(len(group))), group, strict=True))
+    both = {name: sides(masters, plan, variant) for name, variant in VARIANTS.items()}
+    found = {name: differences(made, both["contract"]) for name, made in both.items()}
+    sizes = sum(w.numel() for w in group)
+    of = {"values": sizes, "codes": sizes // 2, "scales": sizes // 16, "divisors": 4 if len(group) == 1 else 3}
+    nothing = dict.fromkeys(of, 0)
+    assert all(counted["of"] == of for counted in found.values())
+    assert found["contract"]["trainer"] == found["contract"]["engine"] == nothing
+    assert found["repacked"]["engine"] == nothing
+    blocks = 4 if len(group) == 1 else 1
+    assert found["unclamped"]["trainer"] == found["unclamped"]["engine"]
+    assert found["unclamped"]["trainer"]["scales"] == blocks and found["unclamped"]["trainer"]["divisors"] == 0
+    assert 0 < found["unclamped"]["trainer"]["values"] <= 16 * blocks
+    assert found["amax"]["trainer"]["divisors"] == of["divisors"]
+    for name in ("requantized", "rounded-twice"):
+        assert found[name]["trainer"] == nothing and found[name]["engine"]["divisors"] == of["divisors"]
+        assert found[name]["engine"]["codes"] > 0
+    assert (found["unfused"]["engine"]["divisors"] > 0) == (len(group) > 1)

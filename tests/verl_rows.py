@@ -5,8 +5,6 @@ Both are for docs/results/verl: ``metrics-<label>.jsonl`` as it is, ``row-<label
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +13,10 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from nvfp4_qat import machine
 
 KEPT = re.compile(
     r"step|attempt|rollout_corr/.*|qat/.*|timing_s/.*|critic/score/mean|actor/(entropy|grad_norm|lr)"
@@ -82,12 +84,10 @@ def engine_coverage(lines: Iterable[str]) -> float | None:
 
 def circumstances() -> dict[str, Any]:
     """With what and when something ran; the commit is that of the variable COMMIT where there is no repository."""
-    return {
-        "gpu": _answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").partition("\n")[0] or None,
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
-        "commit": os.environ.get("COMMIT") or _answer("git", "rev-parse", "--short", "HEAD") or None,
-        "date": datetime.date.today().isoformat(),
-    }
+    # nvidia-smi: this process has no business on the GPU.
+    gpu = _answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").partition("\n")[0] or None
+    found = machine.circumstances(torch.device("cpu"), packages=PACKAGES)
+    return {**found, "gpu": gpu, "commit": os.environ.get("COMMIT") or found["commit"]}
 
 
 def write(out: Path, label: str, row: dict[str, Any], found: Iterable[dict[str, Any]]) -> None:
@@ -103,10 +103,3 @@ def _answer(*command: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

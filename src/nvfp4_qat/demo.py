@@ -30,10 +30,10 @@ import torch
 from .alone import alone
 from .demo_config import ARMS, PLACEMENT, DemoConfig
 from .errors import UserError
-from .machine import available_cores, versions
+from .machine import available_cores, circumstances, versions
 from .models import LoadedModel, load_model
 from .report import write_report
-from .rl import train_arm
+from .rl import train_arm, trainer_device
 from .runlog import ArmLog, Row, replace_file
 from .starting_weights import KEY, Start, begin
 from .tasks import Task, make_task
@@ -75,6 +75,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
 def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
     """The arms, and what is left of them, in a directory that is held."""
     logs = {arm: ArmLog(cfg.out, arm, cfg.checkpoint_seconds) for arm in ARMS}  # a resumed run may have more arms
+    now, before = circumstances(trainer_device(cfg)), _circumstances(cfg)
+    computed = False
     spent = sum(row["time/step"] for log in logs.values() for row in log.rows)
     started = time.monotonic()
     _write_config(cfg, Start.read(cfg.out))
@@ -84,12 +86,19 @@ def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
         summary = summarize(cfg, task.name, {arm: log.rows for arm, log in logs.items()}, loaded.note, seconds)
         if (start := Start.read(cfg.out)) is not None:
             summary |= start.entry()
+        # A run in pieces has several; looking at a finished one again adds none.
+        summary["circumstances"] = [*before, now] if now not in before and (computed or not before) else before
         if interrupted:
             summary["interrupted"] = True
         replace_file(cfg.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         if any(log.rows for log in logs.values()):
             write_report(cfg.out)
         return summary
+
+    def progress(row: Row) -> None:
+        nonlocal computed
+        computed = True
+        bar.step(row)
 
     threads = torch.get_num_threads()
     with _Bar(cfg) as bar:
@@ -100,7 +109,7 @@ def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
             bar.end_warmup()
             for arm in cfg.arms:
                 bar.arm(arm)
-                train_arm(loaded.model, loaded.tokenizer, task, arm, cfg, logs[arm], bar.step, bar.skip)
+                train_arm(loaded.model, loaded.tokenizer, task, arm, cfg, logs[arm], progress, bar.skip)
                 summary = conclude()
         except KeyboardInterrupt:
             conclude(interrupted=True)
@@ -157,6 +166,14 @@ def _check_directory(cfg: DemoConfig) -> None:
         if differing:
             changes = ", ".join(f"{name}: {saved.get(name)} then, {identity.get(name)} now" for name in differing)
             raise UserError(f"{cfg.out} was begun with other settings ({changes}): use the same or another directory")
+
+
+def _circumstances(cfg: DemoConfig) -> list[dict[str, Any]]:
+    """Those of the pieces of a run that have been computed."""
+    path = cfg.out / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found: list[dict[str, Any]] = summary.get("circumstances", [])
+    return found
 
 
 # --- what is reported ------------------------------------------------------------------------------------------------

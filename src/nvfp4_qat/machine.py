@@ -1,11 +1,23 @@
-"""What computes a run: versions of the packages, and the cores that this process may use."""
+"""What computes a run: code, packages, GPU and date, and the cores that this process may use."""
 
+import datetime
 import os
 import platform
+import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from . import __version__
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""Where this code lies in its repository; of an installed package something else."""
+
+PACKAGES = ("torch", "triton", "transformers", "compressed-tensors", "vllm")
+"""Whose versions a row names, where they are installed."""
 
 
 def versions() -> dict[str, str]:
@@ -13,6 +25,61 @@ def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "compressed-tensors")
     own = {"python": platform.python_version(), "nvfp4-qat": __version__}
     return own | {name: metadata.version(name) for name in packages}
+
+
+def circumstances(
+    device: torch.device, checkout: Path = CHECKOUT, packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+    """With what and when something runs, to be kept with what comes of it.
+
+    Args:
+        device: where it computes.
+        checkout: see `commit`.
+        packages: whose versions are told.
+
+    Returns:
+        ``commit``; ``date`` (UTC); ``gpu``, None on a CPU; ``versions`` by package.
+    """
+    return {
+        "commit": commit(checkout),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": {name: version for name in packages if (version := _version(name)) is not None},
+    }
+
+
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """The commit of the code, "+" behind it where code differs from it.
+
+    Args:
+        checkout: the repository's directory. If it is none, the variable ``NVFP4_QAT_COMMIT`` is asked.
+    """
+    if (checkout / ".git").exists():
+        head = _git(checkout, "rev-parse", "--short=10", "HEAD")
+        # Rows are no code: they change while they are collected.
+        changes = _git(checkout, "status", "--porcelain", "--", *CODE, ":(exclude)*/results/*")
+        if head:
+            return head + ("+" if changes else "")
+    return os.environ.get("NVFP4_QAT_COMMIT") or None
+
+
+CODE = ("src", "experiments", "benchmarks")
+"""Directories of a checkout that results depend on."""
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def available_cores() -> int:

@@ -218,7 +218,7 @@ def _settings(summary: Mapping[str, Any]) -> dict[str, Any]:
     first = {key: summary[key] for key in ("model", "task", "steps", "seconds") if key in summary}
     rest: dict[str, Any] = {}
     for key, value in summary.items():
-        if key not in {"arms", "versions", "note", "k3_kl_ratios", "interrupted"}:
+        if key not in {"arms", "versions", "circumstances", "note", "k3_kl_ratios", "interrupted"}:
             rest |= value if isinstance(value, dict) else {key: value}
     return first | {key: value for key, value in rest.items() if key not in first}
 

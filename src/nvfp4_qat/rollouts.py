@@ -111,23 +111,29 @@ def evaluate(engine: SamplingEngine, task: Task, tokenizer: Any, problems: int, 
         two of which are alike, 0 of a single one; ``problems``, how many there were; ``response_length``, the mean in
         tokens.
     """
-    asked = task.evaluation(problems)
-    prompts = encode_prompts(tokenizer, asked)
-    answers = engine.generate(prompts, samples, task.max_new_tokens, stable_seed(EVAL_KEY))
-    right = torch.tensor(
-        [
-            [task.grade(problem, tokenizer.decode(s.response, skip_special_tokens=True)).correct for s in group]
-            for problem, group in zip(asked, answers, strict=True)
-        ],
-        dtype=torch.float64,
-    ).mean(1)
-    lengths = [len(sample.response) for group in answers for sample in group]
+    counts, length = right_answers(engine, task, tokenizer, problems, samples)
+    right = torch.tensor(counts, dtype=torch.float64) / samples
     return {
         "accuracy": float(right.mean()),
         "accuracy_se": float(right.std() / len(right) ** 0.5) if len(right) > 1 else 0.0,
-        "problems": len(asked),
-        "response_length": sum(lengths) / len(lengths),
+        "problems": len(counts),
+        "response_length": length,
     }
+
+
+def right_answers(
+    engine: SamplingEngine, task: Task, tokenizer: Any, problems: int, samples: int
+) -> tuple[list[int], float]:
+    """The same problem by problem: how many of its responses are right, and the mean length of all."""
+    asked = task.evaluation(problems)
+    prompts = encode_prompts(tokenizer, asked)
+    answers = engine.generate(prompts, samples, task.max_new_tokens, stable_seed(EVAL_KEY))
+    right = [
+        sum(task.grade(problem, tokenizer.decode(s.response, skip_special_tokens=True)).correct for s in group)
+        for problem, group in zip(asked, answers, strict=True)
+    ]
+    lengths = [len(sample.response) for group in answers for sample in group]
+    return right, sum(lengths) / len(lengths)
 
 
 def collate(groups: Sequence[Group], pad: int) -> Batch:

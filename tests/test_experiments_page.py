@@ -1,0 +1,232 @@
+"""The page of experiments, from rows whose numbers are known; intervals against other routes to them."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_rows import evaluation_row, paired_row, write, write_everything, write_experiment
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+
+import claims  # noqa: E402
+import figures  # noqa: E402
+import sections  # noqa: E402
+from common import append  # noqa: E402
+from intervals import (  # noqa: E402
+    difference_of_problems,
+    difference_of_runs,
+    mean_of_problems,
+    mean_of_runs,
+    ratio_of_runs,
+    ratio_of_sums,
+)
+from page import updated  # noqa: E402
+from rows import Results, last_quarter  # noqa: E402
+from section_arms import K3, comparison, evaluations  # noqa: E402
+from section_contract import contract, paired  # noqa: E402
+
+ARMS = {arm: arm for arm in ("bf16", "noqat", "qat")}
+
+
+def cells(table):
+    """A Markdown table's rows, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines() if line][2:]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    write_everything(folder)
+    return folder
+
+
+def test_sections_of_single_files(tmp_path):
+    where = {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02 03:04"}
+    row = {
+        "quantizer": "ours", "package": "nvfp4-qat", "version": "0.1.0", "global_scale": "fusion group",
+        "weight_error": 0.009, "bits_per_weight": 4.5005, "perplexity": 1.5, "kl": 2e-3, "kl_ratio": 1.0,
+        "kl_ratio_95": [1.0, 1.0], "model": "small", "sequences": 4, "tokens": 1234, **where,
+    }  # fmt: skip
+    append(tmp_path / "quantizers.jsonl", [row])
+    about = {"model": "Qwen/X", "gpus": 4, "masters": "fp32", "tokens": 4096, "vllm": "0.24.0", **where}
+    workers = [{"weights_loaded": 4 << 30, "kv_cache": 1 << 30, "graphs": 1 << 20}, {}]
+    workers[1] = {**workers[0], "weights_loaded": 5 << 30}
+    append(tmp_path / "real_size.jsonl", [
+        {"arm": "nvfp4", "what": "steps", "round": 1, "seconds": 9.0, **about},
+        {"arm": "nvfp4", "what": "steps", "round": 2, "seconds": 2.5, **about},
+        {"arm": "bf16", "what": "steps", "round": 1, "seconds": 3.0, **about},
+        {"arm": "nvfp4", "what": "generate", "tokens_per_second": 12345.0, "workers": workers, **about},
+    ])  # fmt: skip
+    _, quality, size = sections.sections(tmp_path)
+    assert "| small | ours (0.1.0) | fusion group | 0.900 % | 1.5000 |" in quality.table
+    assert "4 right answers (1,234 tokens)" in quality.text
+    assert "| a whole step | 3.00 s | 2.50 s |" in size.table and "| tokens a second | – | 12,345 |" in size.table
+    assert "| engine: weights | – | 5.37 GB |" in size.table
+
+
+def test_the_page_is_that_of_the_committed_rows():
+    page = (ROOT / "docs" / figures.PAGE).read_text(encoding="utf-8")
+    made = sections.sections()
+    assert updated(page, made, figures.FOLDER, "experiments/figures.py") == page, "run: python experiments/figures.py"
+    pictures = {section.picture.file for section in made if section.picture is not None}
+    assert {file.name for file in (ROOT / "docs" / figures.FOLDER).glob("*")} == pictures
+
+
+def test_readme_s_headline_is_that_of_the_committed_rows():
+    readme = figures.README.read_text(encoding="utf-8")
+    assert figures.with_headline(readme) == readme, "run: python experiments/figures.py"
+
+
+def test_readme_s_headline(everything, tmp_path):
+    readme = f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n"
+    assert figures.with_headline(readme, tmp_path) == f"before\n{figures.BEGIN}\n{figures.END}\nafter\n"
+    made = figures.with_headline(readme, everything)
+    assert made.startswith(f"before\n{figures.BEGIN}\n| model | ") and made.endswith(f"{figures.END}\nafter\n")
+    assert [row[0] for row in cells(made.partition("\n| ---")[2].partition("\n\n")[0])] != []
+    assert re.search(r"\| Qwen3 of 65 M parameters \| 2 × 200 \| .* \| \*\*1\d\d×\*\*; seeds 1\d\d, 1\d\d \|", made)
+    with pytest.raises(SystemExit, match="lost the markers"):
+        figures.with_headline("no markers")
+
+
+def test_all_sections_and_pictures(everything, tmp_path):
+    made = sections.sections(everything)
+    assert len(made) == 10 and made[0].title == "What was claimed, what came out"
+    assert all("nan" not in section.table + section.text for section in made)
+    for file, (experiment, names) in sections.CURVES.items():
+        results = Results(experiment, everything)
+        figures.draw_curves(results, [name for name in names if name in results.names()], tmp_path / file)
+        assert (tmp_path / file).stat().st_size > 50_000
+
+
+def test_claims_without_rows_are_not_run(tmp_path):
+    made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
+    assert {tuple(row[2:]) for row in cells(made.table)} == {("not run", "–")}
+
+
+def test_claims_are_answered(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS)
+    rows = [evaluation_row(f"{arm}-s{s}", 200, "bf16", 0.5 if arm == "noqat" else 0.8) for arm in ARMS for s in (0, 1)]
+    write(tmp_path / "dense/measured.jsonl", [*rows, paired_row("qat-s0", 20, ratio=1.2), paired_row("qat-s1", 20)])
+    made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
+    found = {(row[0], row[2].split(" ")[0]): row[2:] for row in cells(made.table) if row[1].startswith("Qwen3 of")}
+    answers = {claim: held for (claim, _), (_, held) in found.items()}
+    assert answers[claims.FACTOR] == "yes" and answers[claims.FLOOR] == "–"
+    (kernels,) = (text for (claim, _), (text, _) in found.items() if claim == claims.KERNELS)
+    assert kernels.startswith("1.1") and kernels.endswith("; seeds 1.200, 1.000") and answers[claims.KERNELS] == "no"
+    reward = next(text for (claim, _), (text, _) in found.items() if claim == claims.REWARD)
+    assert re.fullmatch(r"QAT \S+, bf16 \S+ \(.*\); difference \S+ \(.*\); seeds \S+, \S+", reward)
+    offline = {arm: held for (claim, arm), (_, held) in found.items() if claim == claims.OFFLINE}
+    assert offline == {"no": "no", "QAT": "yes"}  # "no QAT" is 30 points below
+
+
+def test_arms_are_compared_over_the_steps_they_share(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS, cut={"qat-s0": 120})
+    results = Results("dense", tmp_path)
+    common = results.common(list(ARMS), "reward")
+    assert {(name, seed): len(run) for name, runs in common.items() for seed, run in runs.items()} == {
+        (name, seed): 200 if seed else 120 for name in ARMS for seed in (0, 1)
+    }
+    assert common["bf16"][0] == list(results.points("bf16", "reward")[0].values())[:120]
+    assert len(last_quarter(common)["bf16"][0]) == 30
+    first, _ = comparison("x", results, list(ARMS), "x.png").table.split("\n\n")
+    assert {row[1] for row in cells(first)} == {"120 + 200"}
+    assert [row[3].count(",") for row in cells(first)] == [1, 1, 1]  # each seed's own number
+
+
+def test_a_seed_that_one_arm_lacks_is_not_compared(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS)
+    rows = [row for row in (tmp_path / "dense/runs.jsonl").read_text().splitlines() if '"qat-s1"' not in row]
+    (tmp_path / "dense/runs.jsonl").write_text("\n".join(rows) + "\n")
+    kl = Results("dense", tmp_path).common(list(ARMS), K3)
+    assert list(kl["qat"]) == [0] and list(kl["bf16"]) == [0, 1]
+    found = ratio_of_runs(kl["qat"], kl["bf16"])
+    assert found.value == pytest.approx(np.mean(kl["qat"][0]) / np.mean(kl["bf16"][0]))
+
+
+def test_evaluations_are_compared_problem_by_problem(everything):
+    table = cells(evaluations("x", Results("dense", everything)).table)
+    assert [row[0] for row in table][:3] == ["before the first step", "bf16", "no QAT"]
+    assert table[1][2:4] == ["–", "–"] and table[2][3].count(",") == 1
+    assert [row[0] for row in table].count("before the first step") == 1
+
+
+def test_a_run_that_was_evaluated_before_its_last_step_is_left_out(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS, seeds=(0,))
+    rows = [evaluation_row(f"{arm}-s0", 180 if arm == "qat" else 200, "bf16", 0.8) for arm in ARMS]
+    write(tmp_path / "dense/measured.jsonl", rows)
+    results = Results("dense", tmp_path)
+    assert [bool(results.answers(arm, "bf16")) for arm in ARMS] == [True, True, False]
+
+
+def test_variants_that_differ_in_nothing_are_given_no_ratio(everything):
+    dense = Results("dense", everything)
+    table = {row[1]: row[2:] for row in cells(contract([dense]).table)}
+    ends = {words: row[-1] for words, row in table.items()}
+    assert sum(end == "no difference on these weights" for end in ends.values()) == 2
+    assert table["engine rounds the master weights itself (compressed-tensors)"][1].startswith("values: 2.5 %, code ")
+    assert ends["engine rounds the master weights itself (compressed-tensors)"] == "90 (90 – 90)"
+    (row,) = cells(paired([dense]).table)
+    assert row[1] == "21" and row[6] == "1.020 (1.020 – 1.020)"  # eleven of the first seed, ten of the second
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def width(estimate):
+    return estimate.high - estimate.low
+
+
+def test_ratios_of_sums_by_another_route():
+    draw = np.random.default_rng(3)
+    below = draw.exponential(size=2000)
+    above = 1.1 * below + draw.normal(scale=0.2, size=2000)
+    found = ratio_of_sums([above[:500], above[500:]], [below[:500], below[500:]])
+    assert found.value == pytest.approx(above.sum() / below.sum())
+    # The delta method: the ratio's variance from the residuals.
+    error = np.sqrt(np.var(above - found.value * below) / len(below)) / below.mean()
+    assert width(found) == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found.low < found.bound95 < found.high and found.holds(found.value)
+    assert ratio_of_sums([above[:500], above[500:]], [below[:500], below[500:]]) == found  # the same page again
+
+
+def test_means_of_runs():
+    draw = np.random.default_rng(4)
+    curve = np.convolve(draw.normal(size=4000), np.ones(4) / 4, "valid") + 2.0  # neighbours are alike
+    found = mean_of_runs({0: curve})
+    naive = 2 * 1.96 * curve.std() / np.sqrt(len(curve))
+    assert found.value == pytest.approx(curve.mean())
+    assert width(found) > 1.5 * naive  # what drawing step by step would give
+    apart = mean_of_runs({0: np.ones(50), 1: np.full(50, 3.0)})
+    assert (apart.value, apart.low, apart.high) == (2.0, 2.0, 2.0)  # seeds are not drawn
+
+
+def test_arms_of_a_seed_are_drawn_together():
+    draw = np.random.default_rng(5)
+    prompts = {seed: draw.normal(size=400) for seed in (0, 1)}
+    one = {seed: 5 + run + 0.01 * draw.normal(size=400) for seed, run in prompts.items()}
+    other = {seed: 4 + run + 0.01 * draw.normal(size=400) for seed, run in prompts.items()}
+    found = difference_of_runs(one, other)
+    assert found.value == pytest.approx(1.0, abs=0.01)
+    assert width(found) < 0.05 * width(mean_of_runs(one))  # what both have in common is not in it
+    double = {seed: 2 * run for seed, run in one.items()}
+    exact = ratio_of_runs(double, one)
+    assert [exact.low, exact.high] == pytest.approx([2.0, 2.0])
+    with pytest.raises(ValueError, match="the same steps"):
+        ratio_of_runs({0: [1.0, 2.0]}, {0: [1.0]})
+
+
+def test_problems_are_drawn_with_all_their_answers():
+    draw = np.random.default_rng(6)
+    chance = draw.uniform(size=300)
+    shares = {seed: draw.binomial(8, chance) / 8 for seed in (0, 1)}
+    found = mean_of_problems(shares)
+    values = (shares[0] + shares[1]) / 2
+    assert found.value == pytest.approx(values.mean())
+    assert width(found) == pytest.approx(2 * 1.96 * values.std() / np.sqrt(300), rel=0.1)
+    same = difference_of_problems(shares, shares)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    other = {seed: draw.binomial(8, chance) / 8 for seed in (0, 1)}
+    assert width(difference_of_problems(shares, other)) < 0.7 * width(found)
