@@ -57,7 +57,7 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
     _merge(results / "runs.jsonl", runs)
     _merge(results / "metrics.jsonl", metrics)
-    measured = [row for path in sorted(out.glob("measured-s*.jsonl")) for row in read(path)]
+    measured = [row for path in sorted(out.glob("measured-*.jsonl")) for row in read(path)]
     _merge(results / "measured.jsonl", measured)
 
 

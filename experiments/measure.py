@@ -1,8 +1,8 @@
 """Measure the weights that runs kept: ``python experiments/measure.py CONFIG --out DIR`` (`run` calls it).
 
 Two engines are started, one that holds 4-bit weights and one that holds bf16, and are given one set of kept weights
-after the other. Rows are appended to ``measured-s<seed>.jsonl`` as soon as they are known; what is there already is not
-measured again.
+after the other. Rows are appended to ``measured-<kind>-s<seed>.jsonl`` as soon as they are known; what is there already
+is not measured again.
 
 ``paired``
     The 4-bit engine samples responses. These tokens are scored by it, by the bf16 engine that holds the *dequantized*
@@ -57,6 +57,9 @@ PROBLEMS, SAMPLES = 64, 4
 
 EVALUATED, EVALUATED_SAMPLES = 512, 8
 """The same of an evaluation, where a task has that many."""
+
+KINDS = ("paired", "evaluation")
+"""Of rows. Those of a seed's runs are in a file for each, so that they can be measured at the same time."""
 
 VARIANT_STEPS = 3
 """On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
@@ -161,45 +164,49 @@ def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float
     return sums
 
 
-def measured_file(out: Path, seed: int) -> Path:
-    """Where the rows of a seed's runs are: processes that measure at the same time write files of their own."""
-    return out / f"measured-s{seed}.jsonl"
+def measured_file(out: Path, seed: int, kind: str) -> Path:
+    """Where the rows of a kind and a seed's runs are."""
+    return out / f"measured-{kind}-s{seed}.jsonl"
 
 
-def measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
+def measure(experiment: Experiment, out: Path, runs: Sequence[Run], kinds: Sequence[str] = KINDS) -> None:
     """Append the rows that are missing.
 
     Args:
         experiment: says what is measured.
         out: its directory, with the runs' weights.
         runs: which to look at.
+        kinds: which rows.
 
     Raises:
         UserError: another process is measuring.
     """
+    files = [measured_file(out, seed, kind) for seed in sorted({run.seed for run in runs}) for kind in kinds]
     with contextlib.ExitStack() as held:
-        for seed in {run.seed for run in runs}:
+        for file in files:
             out.mkdir(parents=True, exist_ok=True)
-            measured_file(out, seed).open("a").close()
-            held.enter_context(alone(measured_file(out, seed)))
-        _measure(experiment, out, runs)
+            file.open("a").close()
+            held.enter_context(alone(file))
+        done = {_identity(row) for file in files for row in read(file)}
+        rows = [(run, row) for run in runs for row in _rows(experiment, out, run) if row["kind"] in kinds]
+        _measure(experiment, out, [(run, row) for run, row in rows if _identity(row) not in done])
 
 
-def _measure(experiment: Experiment, out: Path, runs: Sequence[Run]) -> None:
-    done = {_identity(row) for seed in {run.seed for run in runs} for row in read(measured_file(out, seed))}
-    todo = [(run, row) for run in runs for row in _rows(experiment, out, run) if _identity(row) not in done]
+def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[str, Any]]]) -> None:
     if not todo:
         return
-    where = circumstances(trainer_device(experiment.config(runs[0], out)), ROOT)
-    ffn = any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
-    with Bench(experiment.config(runs[0], out), ffn) as bench:
+    cfg = experiment.config(todo[0][0], out)
+    where = circumstances(trainer_device(cfg), ROOT)
+    evaluated = any(row["kind"] == "evaluation" for _, row in todo)
+    ffn = evaluated and any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
+    with Bench(cfg, ffn) as bench:
         for run, row in todo:
             masters = bench.weights(Path(row.pop("path")))
             if row["kind"] == "paired":
                 found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
             else:
                 found = list(bench.evaluations(masters))
-            append(measured_file(out, run.seed), [{**row, **numbers, **where} for numbers in found])
+            append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **where} for numbers in found])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -240,12 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--runs", default="")
     parser.add_argument("--seeds", default="")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     args = parser.parse_args(arguments)
     try:
         experiment = Experiment.load(args.config)
         names = tuple(filter(None, args.runs.split(","))) or None
         seeds = tuple(int(seed) for seed in args.seeds.split(",") if seed) or None
-        measure(experiment, args.out, experiment.chosen(names, seeds))
+        measure(experiment, args.out, experiment.chosen(names, seeds), args.kinds.split(","))
     except nq.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from collect import collect
 from experiment import Experiment, Run
-from measure import measured_file
+from measure import KINDS, measured_file
 from pool import Interrupts, Pool, Task
 from rows import read
 from starts import check_starts, warm_up_all
@@ -85,10 +85,11 @@ def _stages(
     if experiment.paired or experiment.variants:
         names, measure = ",".join(dict.fromkeys(run.name for run in runs)), script.with_name("measure.py")
         seeds = list(dict.fromkeys(run.seed for run in runs))
-        which = {seed: [*common, "--runs", names, "--seeds", str(seed)] for seed in seeds}
-        told = [measured_file(out, seed) for seed in seeds]
+        which = [(seed, kind) for seed in seeds for kind in KINDS]
+        told = [measured_file(out, seed, kind) for seed, kind in which]
+        arguments = [[*common, "--runs", names, "--seeds", str(seed), "--kinds", kind] for seed, kind in which]
         yield (
-            [Task(f"measure-s{seed}", measure, which[seed]) for seed in seeds],
+            [Task(f"measure-{kind}-s{seed}", measure, a) for (seed, kind), a in zip(which, arguments, strict=True)],
             lambda: " | ".join(f"{path.stem} {len(read(path))} rows" for path in told),
         )
 
