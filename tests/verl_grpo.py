@@ -1,7 +1,7 @@
 """verl with Ray, FSDP and vLLM on GPUs: ``python tests/verl_grpo.py ARM MODEL OUT [KEY=VALUE ...]``.
 
-ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense``, ``moe`` or ``small``, a
-Qwen3 (`verl_task`) that goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are
+ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense``, ``moe``, ``small`` or
+``smollm2`` (`verl_task`) and goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are
 there; a folder for the run, with verl's log and all of its metrics; and what is kept of these, ``row-*.json`` and
 ``metrics-*.jsonl`` (`verl_rows`). At the end stands one line of JSON that begins with RESULT. What stands behind OUT is
 for verl's command line.
@@ -28,7 +28,7 @@ from typing import Any
 from verl_processes import Started
 from verl_rows import circumstances, engine_coverage, said, steps, told, write
 from verl_sockets import FOLDER
-from verl_task import MODELS, PROMPT, RESPONSE, prepare
+from verl_task import LENGTHS, MODELS, prepare
 
 import nvfp4_qat as nq
 
@@ -107,6 +107,7 @@ class Run:
         Args:
             private: a folder for Ray; its path must be short.
         """
+        longest_prompt, longest_response = LENGTHS[self.model]
         actor, rollout, ray = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "ray_kwargs.ray_init"
         # Its controller, and what `gpus` places are made of; actors take one more while they are started.
         needed = STORAGE + 1 + 3 * self.gpus + 2
@@ -114,7 +115,7 @@ class Run:
             "algorithm.adv_estimator=grpo", "algorithm.rollout_correction.rollout_is=token",
             "algorithm.rollout_correction.rollout_is_threshold=2.0", f"data.train_files={self.out / 'train.parquet'}",
             f"data.val_files={self.out / 'test.parquet'}", "data.train_batch_size=64",
-            f"data.max_prompt_length={PROMPT}", f"data.max_response_length={RESPONSE}",
+            f"data.max_prompt_length={longest_prompt}", f"data.max_response_length={longest_response}",
             f"actor_rollout_ref.model.path={self.out / 'model'}", "actor_rollout_ref.model.use_remove_padding=False",
             "+actor_rollout_ref.model.override_config.attn_implementation=sdpa", f"{actor}.strategy={self.strategy}",
             f"{actor}.use_kl_loss=False", f"{actor}.ppo_mini_batch_size=32", f"{actor}.ppo_micro_batch_size_per_gpu=64",

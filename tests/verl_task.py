@@ -1,5 +1,5 @@
 """What verl learns in our runs: a small Qwen3 adds two numbers, and has been taught so far that it is right half of the
-time, so that there is a reward between nothing and everything."""
+time, so that there is a reward between nothing and everything; SmolLM2 writes a sentence with a word in it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import fcntl
 import json
 import random
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-MODELS = {"dense": "qwen3", "moe": "qwen3_moe", "small": "qwen3"}
-"""And what transformers calls them: four layers, 3 and 7 million parameters, and ten layers, 63 million."""
+from nvfp4_qat.models import load_model
+from nvfp4_qat.tasks import OneSentence
 
-PROMPT, RESPONSE, TARGET = 24, 8, 0.45
+MODELS = {"dense": "qwen3", "moe": "qwen3_moe", "small": "qwen3", "smollm2": "llama"}
+"""And what transformers calls them: four layers, 3 and 7 million parameters, ten layers, 63 million, and
+SmolLM2-135M-Instruct."""
+
+LENGTHS = {"dense": (24, 8), "moe": (24, 8), "small": (24, 8), "smollm2": (64, 32)}
+"""Most tokens of a prompt and of a response."""
+
+TARGET = 0.45
 TINY: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -34,9 +42,15 @@ LEARNING_RATES = {"dense": 1e-3, "moe": 1e-3, "small": 3e-4}
 HELD_OUT = 128
 """Questions that nothing is trained on."""
 
-REWARD = """
+ADD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return float(solution_str.strip() == ground_truth)
+"""
+WRITE = """
+from nvfp4_qat.tasks import OneSentence, Problem
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(OneSentence().grade(Problem("", ground_truth), solution_str).correct)
 """
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -52,10 +66,13 @@ def prepare(out: Path, kind: str) -> None:
         if not (out / "model").exists():
             partial = out / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            warm_up(partial, kind, "cuda" if torch.cuda.is_available() else "cpu")
+            if kind == "smollm2":
+                pretrained(partial, kind)
+            else:
+                warm_up(partial, kind, "cuda" if torch.cuda.is_available() else "cpu")
             partial.rename(out / "model")
         if not (out / "test.parquet").exists():
-            data(out)
+            data(out, kind)
     found = json.loads((out / "model" / "config.json").read_text())["model_type"]
     assert found == MODELS[kind], f"{out} has a model {found}: choose another folder for {kind}"
 
@@ -136,17 +153,38 @@ def warm_up(folder: Path, kind: str, device: str, most: int = 6000) -> float:
     return chance
 
 
-def data(folder: Path) -> None:
+def pretrained(folder: Path, name: str) -> None:
+    """Save one of the package's models that need no training before RL."""
+    loaded = load_model(name)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def questions(kind: str, split: str, rows: int) -> Iterator[tuple[Sequence[Mapping[str, str]], str]]:
+    """Messages, and what they are graded by."""
+    if kind == "smollm2":
+        task = OneSentence()
+        for problem in task.problems(rows, "verl") if split == "train" else task.evaluation(rows):
+            assert not isinstance(problem.prompt, str)
+            yield problem.prompt, problem.answer
+        return
+    rng = random.Random({"train": 2, "test": 3}[split])
+    for _ in range(rows):
+        asked, answer = question(rng)
+        yield [{"role": "user", "content": asked}], answer
+
+
+def data(folder: Path, kind: str) -> None:
     """Questions for training and held out ones, and how answers are graded."""
     import pandas as pd
 
-    (folder / "reward.py").write_text(REWARD)
-    for split, rows, seed in (("train", 4096, 2), ("test", HELD_OUT, 3)):
-        rng, found = random.Random(seed), []
-        for index in range(rows):
-            asked, answer = question(rng)
+    (folder / "reward.py").write_text(WRITE if kind == "smollm2" else ADD)
+    for split, rows in (("train", 4096), ("test", HELD_OUT)):
+        found = []
+        for index, (messages, answer) in enumerate(questions(kind, split, rows)):
             found.append({
-                "data_source": "add", "prompt": [{"role": "user", "content": asked}], "ability": "math",
+                "data_source": kind, "prompt": list(messages), "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": answer}, "extra_info": {"index": index},
             })  # fmt: skip
+        assert len(found) == rows
         pd.DataFrame(found).to_parquet(folder / f"{split}.parquet")
