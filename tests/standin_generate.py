@@ -221,6 +221,6 @@ def install(monkeypatch, gpus=2):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: VERSION if name == "vllm" else real(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr("nvfp4_qat.rl.trainer_device", lambda cfg: torch.device("cpu"))
     return made

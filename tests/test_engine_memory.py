@@ -145,7 +145,7 @@ def test_the_probe_reads_what_vllm_reports(monkeypatch, tmp_path):
     vllm.__spec__ = engine_probe.importlib.util.spec_from_loader("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(engine_probe, "version", lambda package: f"{package} 1")
     monkeypatch.setattr(engine_probe.time, "perf_counter", lambda: FakeLLM.now)
     found = engine_probe.probe(tmp_path, SETTINGS)

@@ -165,9 +165,10 @@ def test_a_leftover_of_a_finished_one_goes(tmp_path, whole):
 def test_a_process_that_is_interrupted_and_one_that_is_killed(tmp_path, whole):
     """Signals at any moment, until a warm-up is finished."""
     script = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
 torch.set_num_threads({torch.get_num_threads()})
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_warmup
