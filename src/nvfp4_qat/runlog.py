@@ -8,7 +8,8 @@ they come out the same, because a step depends on the weights, the optimizer and
 
 Weights that a run keeps lie in ``weights-<arm>/step-<N>.safetensors``: those after N steps, by name.
 
-Whole files are replaced atomically: written under another name, flushed to the disk, renamed.
+Whole files are replaced atomically: written under another name, flushed to the disk, renamed. Ctrl-C waits until a step
+is recorded.
 """
 
 import json
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MismatchError
+from .interrupts import held_back
 from .jsonl import Row, append_rows, read_rows
 
 __all__ = ["ArmLog", "Row", "kept_weights", "load_kept", "replace_file", "save_file"]
@@ -81,12 +83,13 @@ class ArmLog:
             row: its metrics; ``"step"`` counts from 0.
             state: what to continue from, tensors and plain containers; saved if the last checkpoint is old enough.
         """
-        self.rows.append(row)
-        append_rows(self._metrics, [row])
-        self._write_events(row)
-        if time.monotonic() - self._checkpointed >= self._checkpoint_seconds:
-            save_file(self._checkpoint, {**state, "step": len(self.rows)})
-            self._checkpointed = time.monotonic()
+        with held_back():
+            self.rows.append(row)
+            append_rows(self._metrics, [row])
+            self._write_events(row)
+            if time.monotonic() - self._checkpointed >= self._checkpoint_seconds:
+                save_file(self._checkpoint, {**state, "step": len(self.rows)})
+                self._checkpointed = time.monotonic()
 
     def keep(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Keep a copy of the weights after so many steps, where `kept_weights` finds it."""
@@ -161,11 +164,12 @@ def save_file(path: Path, state: Mapping[str, Any]) -> None:
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     # The process's number keeps two runs apart that warm up the same model in the same cache.
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with held_back():
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
