@@ -42,13 +42,13 @@ PANELS = (
     ("eval/accuracy", "held-out accuracy (own precision)", False),
     ("entropy", "entropy, nats a token", False),
     ("grad_norm", "gradient norm before clipping", True),
-    ("flips/codes", "4-bit codes that a step changes", True),
+    ("flips/codes", "share of 4-bit codes that a step changes", True),
 )
 """Column, title, logarithmic."""
 
 
 def draw_curves(results: Results, names: Sequence[str], path: Path) -> None:
-    """Curves of runs: thin for each seed, strong for the mean over seeds, smoothed.
+    """Curves of runs: thin for each seed, strong for the mean over seeds, smoothed (geometrically on logarithmic axes).
 
     Args:
         results: an experiment's rows.

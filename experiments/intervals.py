@@ -2,9 +2,11 @@
 
 What is drawn anew decides what an interval is about:
 
-- Curves: steps of a run follow from each other, so they are drawn in blocks of neighbouring steps (circular block
-  bootstrap, Politis and Romano 1992). Arms of one seed are given the same prompts at a step (dynamic sampling may ask
-  one for more of them): a ratio or difference of two arms draws the same blocks for both.
+- Curves: only ratios and differences of two runs are given an interval. A mean of one curve has a trend, which would be
+  counted as noise. Steps of a run follow from each other, so they are drawn in blocks of neighbouring steps (circular
+  block bootstrap, Politis and Romano 1992). Arms of one seed are given the same prompts at a step (dynamic sampling may
+  ask one for more of them): the same blocks are drawn for both, so that what changes both alike, a trend too, leaves
+  the interval. Where the ratio or difference itself changes over the steps, that does count as noise.
 - Responses and answers: prompts are drawn, with all their responses, as responses to one prompt are alike.
 
 Seeds are not drawn: two of them would give an interval that holds the truth about every other time. An interval says
@@ -15,7 +17,8 @@ Random numbers are seeded: a page that is made again is the same page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,29 +30,43 @@ DRAWS = 10_000
 BLOCK, BLOCKS = 20, 8
 """Steps that are drawn together: at most so many, and no more than makes so many blocks of a curve."""
 
+LEAST_STEPS = 40
+"""Curves of fewer steps are given no interval: too few blocks to draw from."""
+
 Values = NDArray[np.float64]
 
 BySeed = Mapping[int, Sequence[float]]
 """A value for each step, or for each problem, by seed."""
 
 
+Counted = tuple[Sequence[float], Sequence[float]]
+"""Of each prompt the sum over its tokens, and how many these are."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A number, the middle 95 % of its bootstrap distribution, and the 95th percentile."""
+    """A number, the middle 95 % of its bootstrap distribution, and the 95th percentile.
+
+    Args:
+        value: the number.
+        low, high, bound95: NaN where there is no interval.
+        blocks: how many neighbouring steps were drawn together, of each seed's curve; empty where it is no curve.
+    """
 
     value: float
-    low: float
-    high: float
-    bound95: float
+    low: float = math.nan
+    high: float = math.nan
+    bound95: float = math.nan
+    blocks: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, value: float, draws: Values) -> Estimate:
+    def of(cls, value: float, draws: Values, blocks: tuple[int, ...] = ()) -> Estimate:
         low, high, bound = np.percentile(draws, [2.5, 97.5, 95.0])
-        return cls(float(value), float(low), float(high), float(bound))
+        return cls(float(value), float(low), float(high), float(bound), blocks)
 
-    def holds(self, value: float) -> bool:
-        """Whether a number is in the interval."""
-        return self.low <= value <= self.high
+    @property
+    def has_interval(self) -> bool:
+        return not math.isnan(self.low)
 
 
 def shared(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
@@ -77,44 +94,56 @@ def differences(one: BySeed, other: BySeed) -> dict[int, float]:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def mean_of_runs(runs: BySeed) -> Estimate:
+def mean_of_runs(runs: BySeed) -> float:
     """The mean over steps of each seed's run, and over seeds with equal weight."""
-    return Estimate.of(*_means(runs))
+    return float(np.mean(list(means(runs).values())))
 
 
 def ratio_of_runs(above: BySeed, below: BySeed) -> Estimate:
     """``mean_of_runs(above) / mean_of_runs(below)`` over the seeds that both have, seed by seed the same steps."""
-    a, b = _paired(above, below)
-    return Estimate.of(a[0] / b[0], a[1] / b[1])
+    return _compared(above, below, np.divide)
 
 
 def difference_of_runs(one: BySeed, other: BySeed) -> Estimate:
     """``mean_of_runs(one) - mean_of_runs(other)``, in the same way."""
-    a, b = _paired(one, other)
-    return Estimate.of(a[0] - b[0], a[1] - b[1])
+    return _compared(one, other, np.subtract)
 
 
-def _paired(one: BySeed, other: BySeed) -> tuple[tuple[float, Values], tuple[float, Values]]:
+def ratio_of_each_run(above: BySeed, below: BySeed) -> dict[int, Estimate]:
+    """`ratio_of_runs` of each seed alone."""
+    return {seed: ratio_of_runs({seed: above[seed]}, {seed: below[seed]}) for seed in shared(above, below)}
+
+
+def _compared(one: BySeed, other: BySeed, how: Callable[[Any, Any], Any]) -> Estimate:
     seeds = shared(one, other)
     if any(len(one[seed]) != len(other[seed]) for seed in seeds):
         raise ValueError("runs that are compared must be given over the same steps")
-    return _means({seed: one[seed] for seed in seeds}), _means({seed: other[seed] for seed in seeds})
+    sides = [{seed: np.asarray(runs[seed], dtype=np.float64) for seed in seeds} for runs in (one, other)]
+    value = float(how(*(mean_of_runs(side) for side in sides)))
+    if min(len(one[seed]) for seed in seeds) < LEAST_STEPS:
+        return Estimate(value)
+    draws = [np.mean([_block_means(run, seed) for seed, run in side.items()], axis=0) for side in sides]
+    return Estimate.of(value, how(*draws), tuple(block_length(len(one[seed])) for seed in seeds))
 
 
-def _means(runs: BySeed) -> tuple[float, Values]:
-    """The mean and its bootstrap distribution."""
-    series = {seed: np.asarray(run, dtype=np.float64) for seed, run in runs.items()}
-    draws = np.mean([_block_means(run, seed) for seed, run in series.items()], axis=0)
-    return float(np.mean([run.mean() for run in series.values()])), draws
+def block_length(steps: int) -> int:
+    """How many neighbouring steps of a curve are drawn together."""
+    return max(1, min(BLOCK, steps // BLOCKS))
 
 
 def _block_means(run: Values, seed: int) -> Values:
-    """Means of series that are made of blocks of a run; which blocks, only its length and the seed decide."""
-    block = max(1, min(BLOCK, len(run) // BLOCKS))
-    sums = np.convolve(np.concatenate([run, run[: block - 1]]), np.ones(block), "valid")
-    count = -(-len(run) // block)
-    picked = np.random.default_rng([len(run), seed]).integers(0, len(sums), (DRAWS, count))
-    means: Values = sums[picked].mean(1) / block
+    """Means of series that are made of blocks of a run; which blocks, only its length and the seed decide.
+
+    The last block is cut, so that a series is as long as the run.
+    """
+    block, steps = block_length(len(run)), len(run)
+    full, rest = divmod(steps, block)
+    around = np.concatenate([run, run[: block - 1]])
+    picked = np.random.default_rng([steps, seed]).integers(0, steps, (DRAWS, full + 1))
+    total = np.convolve(around, np.ones(block), "valid")[picked[:, :full]].sum(1)
+    if rest:
+        total += np.convolve(around[: steps + rest - 1], np.ones(rest), "valid")[picked[:, full]]
+    means: Values = total / steps
     return means
 
 
@@ -134,6 +163,21 @@ def ratio_of_sums(above: Sequence[Sequence[float]], below: Sequence[Sequence[flo
         a += times @ np.asarray(upper, dtype=np.float64)
         b += times @ np.asarray(lower, dtype=np.float64)
     return Estimate.of(sum(map(sum, above)) / sum(map(sum, below)), a / b)
+
+
+def ratio_of_means(above: Sequence[Counted], below: Sequence[Counted]) -> Estimate:
+    """The mean per token of ``above`` over that of ``below``, whose responses are others to the same prompts.
+
+    Args:
+        above, below: for every set of weights the sums and the tokens of each prompt. Prompts are drawn within their
+            set, for both sides at once.
+    """
+    value, drawn = np.zeros(4), np.zeros((4, DRAWS))
+    for i, (upper, lower) in enumerate(zip(above, below, strict=True)):
+        columns = np.asarray([*upper, *lower], dtype=np.float64)
+        value += columns.sum(1)
+        drawn += columns @ _times_drawn(columns.shape[1], i).T
+    return Estimate.of(*((x[0] / x[1]) / (x[2] / x[3]) for x in (value, drawn)))
 
 
 def mean_of_problems(shares: BySeed) -> Estimate:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from intervals import BySeed, Estimate, ratio_of_sums
+from intervals import BySeed, Estimate, ratio_of_means, ratio_of_sums
 
+from nvfp4_qat.demo_config import ARMS
 from nvfp4_qat.jsonl import Row
 from nvfp4_qat.jsonl import read_rows as read
 
@@ -42,8 +43,9 @@ class Results:
         return found
 
     def names(self) -> list[str]:
-        """Runs without their seeds, in the file's order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
+        """Runs without their seeds, in the order of the experiments' files: arm by arm, then those with a suffix."""
+        arms = {run["name"]: str(run["arm"]) for run in self.runs}
+        return sorted(arms, key=lambda name: (name.removeprefix(arms[name]), ARMS.index(arms[name])))
 
     def keys(self, name: str) -> dict[int, str]:
         """The runs of a name, by seed."""
@@ -52,6 +54,16 @@ class Results:
     def arm(self, name: str) -> str:
         """The arm of a run."""
         return next(str(run["arm"]) for run in self.runs if run["name"] == name)
+
+    def unfinished(self, names: Iterable[str]) -> str:
+        """``qat-s1: 120 of 200 steps``: runs of these names that ended early; empty if none did."""
+        wanted = set(names)
+        early = [
+            f"{run['run']}: {run['steps']} of {planned} steps"
+            for run in self.runs
+            if run["name"] in wanted and run["steps"] < (planned := (run.get("config") or {}).get("steps", 0))
+        ]
+        return ", ".join(early)
 
     def points(self, name: str, column: str) -> dict[int, dict[int, float]]:
         """A column of the runs of a name: by seed and step, steps without it left out."""
@@ -108,15 +120,34 @@ def paired_ratio(rows: Sequence[Row]) -> Estimate:
     return ratio_of_sums([by_prompt(row, "k3_nvfp4") for row in rows], [by_prompt(row, "k3_bf16") for row in rows])
 
 
+def sampled_ratio(rows: Sequence[Row]) -> Estimate | None:
+    """k3 a token of the 4-bit engine over that of the bf16 engine, each as it sampled responses of its own.
+
+    None where no row has both.
+    """
+    rows = having(rows, "k3_bf16_sampled", "lengths_bf16")
+    if not rows:
+        return None
+    above, below = ("k3_sampled", "lengths"), ("k3_bf16_sampled", "lengths_bf16")
+    return ratio_of_means(
+        *([(by_prompt(row, total), by_prompt(row, count)) for row in rows] for total, count in (above, below))
+    )
+
+
+def having(rows: Iterable[Row], *columns: str) -> list[Row]:
+    """Rows that have all these columns; earlier ones may lack some."""
+    return [row for row in rows if all(row.get(column) is not None for column in columns)]
+
+
 def by_prompt(row: Row, column: str) -> list[float]:
     """A paired row's sums over all responses to a prompt."""
     values, samples = row[column], row["samples"]
     return [sum(values[i : i + samples]) for i in range(0, len(values), samples)]
 
 
-def per_token(rows: Sequence[Row], column: str) -> float:
+def per_token(rows: Sequence[Row], column: str, lengths: str = "lengths") -> float:
     """A column that holds a sum a response, over the number of tokens, of several rows."""
-    return float(sum(sum(row[column]) for row in rows) / sum(row["tokens"] for row in rows))
+    return float(sum(sum(row[column]) for row in rows) / sum(sum(row[lengths]) for row in rows))
 
 
 def last_quarter(runs: Mapping[str, BySeed]) -> dict[str, dict[int, Sequence[float]]]:

@@ -24,17 +24,21 @@ from intervals import (
 from page import Picture, Section, markdown
 from rows import Results, last_quarter
 from words import (
+    ARM_LABELS,
     MODELS,
     OWN_PRECISION,
     PRECISIONS,
+    SUFFIXES,
     bf16_of,
+    blocks,
     each,
     k3,
     label,
     machines,
     percent,
+    settings,
     signed,
-    signed_percent,
+    signed_points,
     times,
     with_interval,
 )
@@ -61,7 +65,7 @@ def comparison(title: str, results: Results, names: Sequence[str], picture: str)
         [
             label(results, name),
             _extent(kl[name]),
-            with_interval(mean_of_runs(kl[name]), k3),
+            k3(mean_of_runs(kl[name])),
             each(means(kl[name]), k3),
             *_against_bf16(results, name, kl, ratio_of_runs, ratios, times),
         ]
@@ -72,20 +76,29 @@ def comparison(title: str, results: Results, names: Sequence[str], picture: str)
     rewards = [
         [
             label(results, name),
-            with_interval(mean_of_runs(reward[name]), signed),
+            signed(mean_of_runs(reward[name])),
             each(means(reward[name]), signed),
             *_against_bf16(results, name, reward, difference_of_runs, differences, signed),
             _own_accuracy(results, name),
             byte_size(next(iter(traffic[name].values()))[-1]),
-            f"{mean_of_runs(seconds[name]).value:.2f}",
+            f"{mean_of_runs(seconds[name]):.2f}",
         ]
         for name in there
     ]
-    circumstances = [c for run in results.runs if run["name"] in there for c in run.get("circumstances") or []]
-    text = (
-        f"{MODELS[results.name]}. {machines(circumstances)} Means over the steps that all these runs have, and over "
-        "their last quarter for the reward."
-    )
+    runs = [run for run in results.runs if run["name"] in there]
+    circumstances = [c for run in runs for c in run.get("circumstances") or []]
+    early = results.unfinished(there)
+    parts = [
+        f"{MODELS[results.name]}.",
+        settings(runs),
+        machines(circumstances),
+        f"Unfinished: {early}." if early else "",
+        "Means over the steps that all these runs have, and over their last quarter for the reward.",
+        *_drawn(results, {"k3 / bf16": (kl, ratio_of_runs), "reward − bf16": (reward, difference_of_runs)}),
+        "In the picture a thin line is a seed, a thick one the mean over seeds, smoothed by a moving mean over an "
+        "eighth of the steps, on logarithmic axes a geometric one; accuracy is not smoothed.",
+    ]
+    text = " ".join(part for part in parts if part)
     tables = [
         markdown(["run", "seeds × steps", "k3 KL", "each seed", "/ bf16", "each seed"], mismatch),
         markdown(
@@ -103,8 +116,20 @@ def comparison(title: str, results: Results, names: Sequence[str], picture: str)
         ),
     ]
     labels = ", ".join(label(results, name) for name in there)
-    alt = f"Curves over the steps of {labels}: k3 KL, reward, accuracy, entropy, gradient norm, changed codes"
+    panels = "k3 KL, reward, accuracy, entropy, gradient norm, share of 4-bit codes that a step changes"
+    alt = f"Curves over the steps of {labels}: {panels}"
     return Section(title, text, "\n\n".join(tables), Picture(picture, alt, ()))
+
+
+def _drawn(results: Results, columns: Mapping[str, tuple[Mapping[str, BySeed], Compared]]) -> list[str]:
+    """Of each column in a sentence: in what blocks steps were drawn, or that it has no interval."""
+    said = []
+    for words, (runs, compared) in columns.items():
+        bases = {name: runs.get(bf16_of(results, name) or "", {}) for name in runs}
+        found = {blocks(compared(runs[name], base)): None for name, base in bases.items() if shared(runs[name], base)}
+        if found:
+            said.append(f"{words}: {' or '.join(found)}.")
+    return said
 
 
 def _extent(runs: BySeed) -> str:
@@ -147,8 +172,8 @@ def evaluations(title: str, results: Results) -> Section | None:
         apart = ["–", "–"]
         if shared(own, base):
             apart = [
-                with_interval(difference_of_problems(own, base), signed_percent),
-                each(differences(own, base), signed_percent),
+                with_interval(difference_of_problems(own, base), signed_points),
+                each(differences(own, base), signed_points),
             ]
         cells = [_accuracy(results.answers(name, precision)) for precision in PRECISIONS]
         table.append([label(results, name), cells[0], *apart, *cells[1:]])
@@ -157,11 +182,58 @@ def evaluations(title: str, results: Results) -> Section | None:
     head = list(PRECISIONS.values())
     text = (
         f"{MODELS[results.name]}: weights after the last step, each set in every precision; {rows[0]['samples']} "
-        f"responses to each of {len(rows[0]['right'])} problems, the same for all. In brackets: problems drawn anew, "
-        f"for a difference the same ones on both sides. {machines(rows)}"
+        f"responses to each of {len(rows[0]['right'])} problems, the same for all. Differences are in percentage "
+        f"points. In brackets: problems drawn anew, for a difference the same ones on both sides. {machines(rows)}"
     )
-    return Section(title, text, markdown(["trained as", head[0], "− bf16", "each seed", *head[1:]], table))
+    return Section(title, text, markdown(["trained as", head[0], "− bf16, points", "each seed", *head[1:]], table))
 
 
 def _accuracy(answers: BySeed) -> str:
     return with_interval(mean_of_problems(answers), percent) if answers else "–"
+
+
+SERVED = (
+    (("qat", "nvfp4"), ("bf16", "bf16")),
+    (("noqat", "nvfp4"), ("bf16", "bf16")),
+    (("bf16", "nvfp4"), ("bf16", "bf16")),
+    (("qat", "nvfp4"), ("qat-ffn", "nvfp4-ffn")),
+)
+"""What is served: arm and precision, and what it is compared with."""
+
+
+def served(experiments: Sequence[Results]) -> Section | None:
+    """What comes out in the precision that is served, beside the bf16 arm in bf16."""
+    table = [
+        [MODELS[results.name] + words, _served(*one), _served(*other), *_apart(results, suffix, one, other)]
+        for results in experiments
+        for suffix, words in SUFFIXES.items()
+        for one, other in SERVED
+        if _apart(results, suffix, one, other)
+    ]
+    if not table:
+        return None
+    text = (
+        "Accuracy after the last step in the precision that each arm would be served in. Differences are in percentage "
+        "points; in brackets problems are drawn anew, the same ones on both sides."
+    )
+    head = ["model", "served", "compared with", "accuracy", "of the other", "difference, points", "each seed"]
+    return Section("Accuracy as served", text, markdown(head, table))
+
+
+def _served(arm: str, precision: str) -> str:
+    if arm == "bf16":
+        return "bf16 arm, in bf16" if precision == "bf16" else "bf16 arm, rounded plainly, in NVFP4"
+    return f"{ARM_LABELS[arm]}, {PRECISIONS[precision]}"
+
+
+def _apart(results: Results, suffix: str, *sides: tuple[str, str]) -> list[str]:
+    """Four cells of two sides; none where a side is missing."""
+    one, other = (results.answers(arm + suffix, precision) for arm, precision in sides)
+    if not shared(one, other):
+        return []
+    return [
+        percent(mean_of_problems(one).value),
+        percent(mean_of_problems(other).value),
+        with_interval(difference_of_problems(one, other), signed_points),
+        each(differences(one, other), signed_points),
+    ]

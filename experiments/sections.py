@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from claims import claims  # noqa: E402
 from page import Section  # noqa: E402
 from rows import RESULTS, Results, read  # noqa: E402
-from section_arms import FAST, PLAIN, comparison, evaluations  # noqa: E402
+from section_arms import FAST, PLAIN, comparison, evaluations, served  # noqa: E402
 from section_contract import contract, paired  # noqa: E402
 from section_tables import quantizers, real_size  # noqa: E402
 
@@ -43,6 +43,7 @@ def sections(folder: Path = RESULTS) -> list[Section]:
         evaluations("Experiment 2: all layers or FFN only", dense),
         comparison("Experiment 3: fused experts", moe, PLAIN, "moe.png"),
         evaluations("Experiment 3: evaluation", moe),
+        served((dense, moe, smollm2)),
         paired((dense, moe, smollm2)),
         contract((dense, moe)),
         quantizers(read(folder / "quantizers.jsonl")),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from intervals import Estimate  # noqa: E402
+from intervals import LEAST_STEPS, Estimate  # noqa: E402
 from row_tools import short  # noqa: E402
-from rows import Results, Row  # noqa: E402
+from rows import Results, Row, having  # noqa: E402
 
 from nvfp4_qat.report_page import small  # noqa: E402
+from nvfp4_qat.tasks import make_task  # noqa: E402
 
 MODELS = {
     "dense": "Qwen3 of 65 M parameters",
@@ -25,7 +26,7 @@ ARM_LABELS = {"bf16": "bf16", "noqat": "no QAT", "qat": "QAT", "qat-ffn": "QAT o
 SUFFIXES = {"": "", "-fast": " (lr × 5)"}
 """What a run's name says behind its arm."""
 
-PRECISIONS = {"bf16": "in bf16", "nvfp4": "in NVFP4", "nvfp4-ffn": "in NVFP4, attention in bf16"}
+PRECISIONS = {"bf16": "master weights, in bf16", "nvfp4": "in NVFP4", "nvfp4-ffn": "in NVFP4, attention in bf16"}
 
 OWN_PRECISION = {"bf16": "bf16", "noqat": "nvfp4", "qat": "nvfp4", "qat-ffn": "nvfp4-ffn"}
 """What an arm samples in."""
@@ -44,7 +45,9 @@ def bf16_of(results: Results, name: str) -> str | None:
 
 
 def with_interval(estimate: Estimate, write: Callable[[float], str]) -> str:
-    """``1.02 (0.99 – 1.05)``"""
+    """``1.02 (0.99 – 1.05)``, or the number alone where it has no interval."""
+    if not estimate.has_interval:
+        return write(estimate.value)
     return f"{write(estimate.value)} ({write(estimate.low)} – {write(estimate.high)})"
 
 
@@ -73,11 +76,24 @@ def percent(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    """``+0.012``, ``−0.012``, ``0.000``"""
+    return _signed(f"{value:+.3f}")
 
 
-def signed_percent(value: float) -> str:
-    return f"{100 * value:+.1f} %".replace("-", "−")
+def signed_points(value: float) -> str:
+    """A difference of shares in percentage points, without the words."""
+    return _signed(f"{100 * value:+.1f}")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def blocks(estimate: Estimate) -> str:
+    """``blocks of 20 steps``: what was drawn for a curve's interval, or that there is none."""
+    if not estimate.has_interval:
+        return f"no interval: fewer than {LEAST_STEPS} steps"
+    return f"blocks of {_list(map(str, estimate.blocks))} steps"
 
 
 def share(count: int, of: int) -> str:
@@ -102,6 +118,41 @@ def machines(rows: Iterable[Row]) -> str:
     packages = [f"{name} {_list(row['versions'].get(key, '–') for row in found)}" for key, name in _PACKAGES]
     commits = _list(row["commit"] or "unknown" for row in found)
     return f"{gpus}, {', '.join(packages)}, commit {commits}, {_list(row['date'] for row in found)}."
+
+
+def settings(runs: Iterable[Row]) -> str:
+    """What runs have in common, and what is said about their model, in sentences; empty where rows do not say it.
+
+    Args:
+        runs: rows of ``runs.jsonl``.
+    """
+    runs = list(runs)
+    notes = [f"{note.rstrip('.')}." for note in dict.fromkeys(run.get("note") for run in runs) if note]
+    configs = having((run.get("config") or {} for run in runs), *_SETTINGS)
+    if not configs:
+        return " ".join(notes)
+    tasks = [make_task(config["task"], config["model"]) for config in configs]
+    said = {name: _list(_number(config[name]) for config in configs) for name in _SETTINGS}
+    warmed = _list(_number(100 * c["warmup_until"]) for c in configs if c.get("warmup_until"))
+    warm_up = f"Warmed up on the task until a sampled answer is right with a chance of {warmed} %. " if warmed else ""
+    truncated = {config.get("tis") for config in configs}
+    tis = f"bound {_list(map(_number, truncated))}, on in every arm; it corrects part of the mismatch"
+    if None in truncated:
+        tis = "off" if truncated == {None} else "on in some arms only"
+    return " ".join([
+        *notes,
+        f"{warm_up}Task: {_list(task.name for task in tasks)}, responses of at most "
+        f"{_list(str(task.max_new_tokens) for task in tasks)} tokens. A step: {said['prompts']} prompts × "
+        f"{said['samples']} samples, {said['minibatches']} minibatches, learning rate {said['lr']}. "
+        f"Truncated importance sampling: {tis}.",
+    ])  # fmt: skip
+
+
+_SETTINGS = ("model", "task", "prompts", "samples", "minibatches", "lr")
+
+
+def _number(value: object) -> str:
+    return small(value) if isinstance(value, float) else str(value)
 
 
 _PACKAGES = (("vllm", "vLLM"), ("torch", "torch"))

@@ -14,19 +14,23 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 import claims  # noqa: E402
 import figures  # noqa: E402
 import sections  # noqa: E402
+import words  # noqa: E402
 from common import append  # noqa: E402
 from intervals import (  # noqa: E402
+    Estimate,
     difference_of_problems,
     difference_of_runs,
     mean_of_problems,
-    mean_of_runs,
+    ratio_of_means,
     ratio_of_runs,
     ratio_of_sums,
 )
 from page import updated  # noqa: E402
 from rows import Results, last_quarter  # noqa: E402
-from section_arms import K3, comparison, evaluations  # noqa: E402
+from section_arms import K3, comparison, evaluations, served  # noqa: E402
 from section_contract import contract, paired  # noqa: E402
+
+from nvfp4_qat.jsonl import read_rows  # noqa: E402
 
 ARMS = {arm: arm for arm in ("bf16", "noqat", "qat")}
 
@@ -93,7 +97,7 @@ def test_readme_s_headline(everything, tmp_path):
 
 def test_all_sections_and_pictures(everything, tmp_path):
     made = sections.sections(everything)
-    assert len(made) == 10 and made[0].title == "What was claimed, what came out"
+    assert len(made) == 11 and made[0].title == "What was claimed, what came out"
     assert all("nan" not in section.table + section.text for section in made)
     for file, (experiment, names) in sections.CURVES.items():
         results = Results(experiment, everything)
@@ -117,9 +121,73 @@ def test_claims_are_answered(tmp_path):
     (kernels,) = (text for (claim, _), (text, _) in found.items() if claim == claims.KERNELS)
     assert kernels.startswith("1.1") and kernels.endswith("; seeds 1.200, 1.000") and answers[claims.KERNELS] == "no"
     reward = next(text for (claim, _), (text, _) in found.items() if claim == claims.REWARD)
-    assert re.fullmatch(r"QAT \S+, bf16 \S+ \(.*\); difference \S+ \(.*\); seeds \S+, \S+", reward)
+    assert re.fullmatch(r"\S+ \(.*\); seeds \S+, \S+; blocks of 6 steps", reward) and answers[claims.REWARD] == "yes"
     offline = {arm: held for (claim, arm), (_, held) in found.items() if claim == claims.OFFLINE}
     assert offline == {"no": "no", "QAT": "yes"}  # "no QAT" is 30 points below
+
+
+def test_the_whole_interval_decides():
+    cases = {(-0.04, 0.05): "yes", (-0.06, 0.0): "open", (-0.2, -0.06): "no", (0.06, 0.2): "open"}
+    assert {ends: claims.within(Estimate(0.0, *ends), 0.05) for ends in cases} == cases
+    assert claims.within(Estimate(0.0), 0.05) == "open"
+
+
+def held(folder, claim):
+    made = claims.claims(*(Results(name, folder) for name in ("dense", "moe", "smollm2")))
+    return next(tuple(row[2:]) for row in cells(made.table) if row[0] == claim)
+
+
+def test_each_seed_s_own_interval_decides_about_the_factor(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS)
+    metrics = read_rows(tmp_path / "dense/metrics.jsonl")
+
+    def scaled(seed, by):
+        for row in metrics:
+            if row["run"] == f"noqat-s{seed}":
+                row[K3] *= by
+        write(tmp_path / "dense/metrics.jsonl", metrics)
+        return held(tmp_path, claims.FACTOR)[1]
+
+    assert [scaled(0, 0.1), scaled(1, 0.1)] == ["open", "no"]
+
+
+def test_unfinished_runs_leave_claims_open(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS, cut={"qat-s1": 180})
+    file = tmp_path / "dense/runs.jsonl"
+    assert held(tmp_path, claims.REWARD)[1] == "yes"
+    write(file, [{**run, "config": {"steps": 200}} for run in read_rows(file)])
+    for claim in (claims.FACTOR, claims.FLOOR, claims.REWARD):
+        text, answer = held(tmp_path, claim)
+        assert text.endswith("; unfinished: qat-s1: 180 of 200 steps") and answer == "open"
+    assert "2 × 180 (unfinished)" in claims.headline([Results("dense", tmp_path)])
+
+
+def test_settings_are_said_as_far_as_rows_have_them():
+    config = {"model": "small", "task": "auto", "prompts": 16, "samples": 16, "minibatches": 4, "lr": 1e-5, "tis": 2.0}
+    said = words.settings([{"config": {**config, "warmup_until": 0.4}, "note": "made here from random"}])
+    assert said.startswith("made here from random. Warmed up on the task until") and "a chance of 40 %" in said
+    assert "Task: chain, responses of at most 56 tokens. A step: 16 prompts × 16 samples, 4 minibatches" in said
+    assert "learning rate 1·10⁻⁵. Truncated importance sampling: bound 2, on in every arm" in said
+    assert "sampling: off." in words.settings([{"config": {**config, "tis": None}}])
+    assert words.settings([{"run": "bf16-s0"}]) == ""
+
+
+def test_runs_have_the_order_of_the_experiments(tmp_path):
+    names = {
+        "bf16": "bf16",
+        "bf16-fast": "bf16",
+        "noqat": "noqat",
+        "qat": "qat",
+        "qat-fast": "qat",
+        "qat-ffn": "qat-ffn",
+    }
+    write_experiment(tmp_path / "dense", names, steps=1)
+    assert Results("dense", tmp_path).names() == ["bf16", "noqat", "qat", "qat-ffn", "bf16-fast", "qat-fast"]
+
+
+def test_nothing_is_minus_zero():
+    assert [words.signed(x) for x in (-0.0001, -0.01, 0.01)] == ["0.000", "−0.010", "+0.010"]
+    assert [words.signed_points(x) for x in (-0.0001, 0.012)] == ["0.0", "+1.2"]
 
 
 def test_arms_are_compared_over_the_steps_they_share(tmp_path):
@@ -168,8 +236,33 @@ def test_variants_that_differ_in_nothing_are_given_no_ratio(everything):
     assert sum(end == "no difference on these weights" for end in ends.values()) == 2
     assert table["engine rounds the master weights itself (compressed-tensors)"][1].startswith("values: 2.5 %, code ")
     assert ends["engine rounds the master weights itself (compressed-tensors)"] == "90 (90 – 90)"
-    (row,) = cells(paired([dense]).table)
-    assert row[1] == "21" and row[6] == "1.020 (1.020 – 1.020)"  # eleven of the first seed, ten of the second
+    scored, decoded = (cells(table)[0] for table in paired([dense]).table.split("\n\n"))
+    assert scored[1] == "21" and scored[5] == "1.020 (1.020 – 1.020)"  # eleven of the first seed, ten of the second
+    assert "H100" in contract([dense]).text
+
+
+def test_decoding_and_what_is_between_the_engines(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS)
+    row = paired_row("qat-s0", 20)
+    for column in ("k3_bf16_sampled", "lengths_bf16", "k3_engines", "apart"):
+        row.pop(column, None)
+    new = {"lengths_bf16": [2 * n for n in row["lengths"]], "k3_bf16_sampled": row["k3_sampled"],
+           "k3_engines": [n * 3e-5 for n in row["lengths"]], "apart": 0.25}  # fmt: skip
+    for more, expected in (({}, ["–"] * 4), (new, ["2.00 (2.00 – 2.00)", "3·10⁻⁵", "0.25"])):
+        write(tmp_path / "dense/measured.jsonl", [{**row, **more}])
+        (found,) = cells(paired([Results("dense", tmp_path)]).table.split("\n\n")[1])
+        assert found[-len(expected) :] == expected
+
+
+def test_accuracy_is_compared_as_it_is_served(everything):
+    table = cells(served([Results(name, everything) for name in ("dense", "smollm2")]).table)
+    assert [row[1:3] for row in table[:4]] == [
+        ["QAT, in NVFP4", "bf16 arm, in bf16"],
+        ["no QAT, in NVFP4", "bf16 arm, in bf16"],
+        ["bf16 arm, rounded plainly, in NVFP4", "bf16 arm, in bf16"],
+        ["QAT, in NVFP4", "QAT of FFN only, in NVFP4, attention in bf16"],
+    ]
+    assert all(re.fullmatch(r"\S+ \(\S+ – \S+\)", row[5]) for row in table)
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -188,19 +281,40 @@ def test_ratios_of_sums_by_another_route():
     # The delta method: the ratio's variance from the residuals.
     error = np.sqrt(np.var(above - found.value * below) / len(below)) / below.mean()
     assert width(found) == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert found.low < found.bound95 < found.high and found.holds(found.value)
+    assert found.low < found.bound95 < found.high
     assert ratio_of_sums([above[:500], above[500:]], [below[:500], below[500:]]) == found  # the same page again
 
 
-def test_means_of_runs():
+def test_ratios_of_means_by_another_route():
+    draw = np.random.default_rng(8)
+    sides = [(draw.exponential(30, 64), draw.integers(20, 50, 64)) for _ in range(4)]
+    found = ratio_of_means(sides[:2], sides[2:])
+    (a, n), (b, m) = ([sum(s[i].sum() for s in pair) for i in (0, 1)] for pair in (sides[:2], sides[2:]))
+    assert found.value == pytest.approx((a / n) / (b / m))
+    same = ratio_of_means(sides[:2], [(2 * total, count) for total, count in sides[:2]])
+    assert [same.value, same.low, same.high] == pytest.approx([0.5] * 3)  # prompts are drawn for both at once
+
+
+def test_ratios_and_differences_of_runs():
     draw = np.random.default_rng(4)
-    curve = np.convolve(draw.normal(size=4000), np.ones(4) / 4, "valid") + 2.0  # neighbours are alike
-    found = mean_of_runs({0: curve})
-    naive = 2 * 1.96 * curve.std() / np.sqrt(len(curve))
-    assert found.value == pytest.approx(curve.mean())
-    assert width(found) > 1.5 * naive  # what drawing step by step would give
-    apart = mean_of_runs({0: np.ones(50), 1: np.full(50, 3.0)})
+    noise = np.convolve(draw.normal(size=4003), np.ones(4) / 4, "valid")  # neighbours are alike
+    found = difference_of_runs({0: noise + 2.0}, {0: np.zeros(4000)})
+    assert found.value == pytest.approx(noise.mean() + 2) and found.blocks == (20,)
+    assert width(found) > 1.5 * 2 * 1.96 * noise.std() / np.sqrt(4000)  # what drawing step by step would give
+    apart = difference_of_runs({0: np.ones(50), 1: np.full(50, 3.0)}, {0: np.zeros(50), 1: np.zeros(50)})
     assert (apart.value, apart.low, apart.high) == (2.0, 2.0, 2.0)  # seeds are not drawn
+    assert apart.blocks == (6, 6)
+    trend = np.linspace(1, 5, 200)  # what both have in common
+    own = ratio_of_runs({0: 3 * trend}, {0: trend})
+    assert [own.low, own.value, own.high] == pytest.approx([3.0] * 3)
+
+
+def test_short_curves_are_given_no_interval():
+    short, long = ({0: np.arange(1.0, steps + 1)} for steps in (39, 40))
+    found = ratio_of_runs(short, short)
+    assert found.value == 1.0 and not found.has_interval and words.with_interval(found, words.times) == "1.00"
+    assert words.blocks(found) == "no interval: fewer than 40 steps"
+    assert words.blocks(ratio_of_runs(long, long)) == "blocks of 5 steps"
 
 
 def test_arms_of_a_seed_are_drawn_together():
@@ -210,7 +324,9 @@ def test_arms_of_a_seed_are_drawn_together():
     other = {seed: 4 + run + 0.01 * draw.normal(size=400) for seed, run in prompts.items()}
     found = difference_of_runs(one, other)
     assert found.value == pytest.approx(1.0, abs=0.01)
-    assert width(found) < 0.05 * width(mean_of_runs(one))  # what both have in common is not in it
+    assert width(found) < 0.05 * width(
+        difference_of_runs(one, {seed: np.zeros(400) for seed in one})
+    )  # what both have in common is not in it
     double = {seed: 2 * run for seed, run in one.items()}
     exact = ratio_of_runs(double, one)
     assert [exact.low, exact.high] == pytest.approx([2.0, 2.0])
