@@ -9,8 +9,11 @@ is not measured again.
     weights, and by the trainer, which computes with the same values. A row holds for every response the sum of its
     tokens' k3 between trainer and each engine: ``k3_nvfp4`` and ``k3_bf16`` of whole sequences that are scored, and
     ``k3_sampled`` of what the 4-bit engine said of each token when it sampled it, one after the other with a KV cache.
-    The ratio of the first two is what 4-bit kernels add to the mismatch that bf16 has; `variants` says what else either
-    side may hold, and ``differs`` how much of it is not the contract's.
+    The ratio of the first two is what 4-bit kernels add to the mismatch that bf16 has. The bf16 engine is given the
+    same prompts and the same seed then: ``k3_bf16_sampled`` is for its own responses, of ``lengths_bf16`` tokens, what
+    ``k3_sampled`` is for the others. ``k3_engines`` and ``apart`` hold the two engines' scores of the first tokens
+    against each other: a response's sum of k3, bf16 over 4-bit, and its largest difference of log-probabilities.
+    `variants` says what else either side may hold, and ``differs`` how much of it is not the contract's.
 ``evaluation``
     The weights after the last step: in bf16, in 4 bits, and in 4 bits with attention in bf16 where a run was trained
     like that. All runs are asked the same problems; ``right`` holds for each how many responses are right.
@@ -120,17 +123,26 @@ class Bench:
         self.engines["nvfp4"].load(both.stream())
         self.engines["bf16"].load(iter(both.trainer.items()))
         problems = self.task.problems(PROBLEMS, f"paired/{key}")
-        groups = self.engines["nvfp4"].generate(
-            encode_prompts(self.tokenizer, problems), SAMPLES, self.task.max_new_tokens, stable_seed(f"paired/{key}")
+        asked = (
+            encode_prompts(self.tokenizer, problems),
+            SAMPLES,
+            self.task.max_new_tokens,
+            stable_seed(f"paired/{key}"),
         )
-        samples = [sample for group in groups for sample in group]
+        samples = _flat(self.engines["nvfp4"].generate(*asked))
         trainer = self._trainer(samples)
+        nvfp4, bf16 = (self.engines[name].score(samples) for name in ("nvfp4", "bf16"))
+        own = _flat(self.engines["bf16"].generate(*asked))
         return {
             "tokens": sum(len(sample.response) for sample in samples),
-            "k3_nvfp4": _k3_sums(trainer, self.engines["nvfp4"].score(samples)),
-            "k3_bf16": _k3_sums(trainer, self.engines["bf16"].score(samples)),
+            "k3_nvfp4": _k3_sums(trainer, nvfp4),
+            "k3_bf16": _k3_sums(trainer, bf16),
             "k3_sampled": _k3_sums(trainer, [sample.logprobs for sample in samples]),
+            "k3_bf16_sampled": _k3_sums(self._trainer(own), [sample.logprobs for sample in own]),
+            "k3_engines": _k3_sums(bf16, nvfp4),
+            "apart": _apart(bf16, nvfp4),
             "lengths": [len(sample.response) for sample in samples],
+            "lengths_bf16": [len(sample.response) for sample in own],
             "samples": SAMPLES,
             "differs": differences(both, contract),
         }
@@ -155,13 +167,29 @@ class Bench:
             yield {"precision": name, "samples": EVALUATED_SAMPLES, "right": right, "response_length": length}
 
 
-def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:
-    """For each response the sum over its tokens of ``ρ - 1 - log ρ``, with ρ the trainer's chance over the engine's."""
+def _flat(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+    return [sample for group in groups for sample in group]
+
+
+def _k3_sums(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> list[float]:
+    """For each response the sum over its tokens of ``ρ - 1 - log ρ``, with ρ the one's chance over the other's."""
     sums = []
-    for a, b in zip(trainer, engine, strict=True):
+    for a, b in zip(one, other, strict=True):
         ratio = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-        sums.append(float(f"{float((torch.expm1(ratio) - ratio).sum()):.5g}"))
+        sums.append(_short(float((torch.expm1(ratio) - ratio).sum())))
     return sums
+
+
+def _apart(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> list[float]:
+    """For each response the largest difference of a token's log-probabilities."""
+    return [
+        _short(max((abs(x - y) for x, y in zip(a, b, strict=True)), default=0.0))
+        for a, b in zip(one, other, strict=True)
+    ]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def measured_file(out: Path, seed: int, kind: str) -> Path:

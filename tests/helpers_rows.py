@@ -87,9 +87,12 @@ def paired_row(run: str, step: int, variant: str = "contract", ratio: float = 1.
     draw = np.random.default_rng([step, len(run)])
     lengths = draw.integers(20, 50, 256)
     below = draw.exponential(1e-5, 256) * lengths
+    own = draw.integers(20, 50, 256)  # the bf16 engine's responses are others
     return {
         "kind": "paired", "run": run, "step": step, "variant": variant, "tokens": int(lengths.sum()),
         "k3_nvfp4": (ratio * below).tolist(), "k3_bf16": below.tolist(), "k3_sampled": (1.5 * below).tolist(),
+        "k3_bf16_sampled": (1.4 * draw.exponential(1e-5, 256) * own).tolist(), "lengths_bf16": own.tolist(),
+        "k3_engines": (0.5 * (1 + ratio) * below).tolist(), "apart": (0.02 * ratio * draw.random(256)).tolist(),
         "lengths": lengths.tolist(), "samples": 4,
         "differs": {
             "trainer": {**NO_DIFFERENCE, **differs.get("trainer", {})},

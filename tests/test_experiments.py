@@ -94,6 +94,8 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
         assert by["repacked", step]["k3_nvfp4"] == by["contract", step]["k3_nvfp4"]
         assert sum(by["requantized", step]["k3_nvfp4"]) > 5 * sum(by["contract", step]["k3_nvfp4"])
         assert sum(by["contract", step]["lengths"]) == by["contract", step]["tokens"]
+        per_response = ("k3_bf16_sampled", "lengths_bf16", "k3_engines", "apart")
+        assert all(len(by["contract", step][column]) == 9 for column in per_response)
         for variant in VARIANTS:
             trainer, engine = (any(by[variant, step]["differs"][side].values()) for side in ("trainer", "engine"))
             assert trainer == (variant in ("amax", "unfused")), variant
@@ -114,27 +116,40 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
 
 def test_engines_are_held_against_the_trainer_as_they_score_and_as_they_sampled(monkeypatch):
     class Says:
+        def __init__(self, sampled, scored):
+            self.sampled, self.scored, self.asked, self.times_scored = sampled, scored, [], 0
+
         def load(self, stream):
             assert list(stream)
 
-        def generate(self, prompts, samples, *_):
-            return [[Sample(prompt, [5, 6], [-1.0, -3.0])] * samples for prompt in prompts]
+        def generate(self, prompts, samples, *more):
+            self.asked.append((prompts, samples, *more))
+            return [[Sample(prompt, [5] * len(self.sampled), self.sampled)] * samples for prompt in prompts]
 
         def score(self, samples):
-            return [[-1.0, -2.0] for _ in samples]
+            self.times_scored += 1
+            assert all(len(sample.response) == 2 for sample in samples)  # those that the 4-bit engine sampled
+            return [self.scored for _ in samples]
 
     monkeypatch.setattr(measure, "PROBLEMS", 2)
     monkeypatch.setattr(measure, "SAMPLES", 3)
     loaded = load_model("tiny")
+    nvfp4, bf16 = Says([-1.0, -3.0], [-1.0, -2.0]), Says([-1.0, -1.0, -1.5], [-1.25, -1.0])
     bench = SimpleNamespace(
         model=loaded.model, tokenizer=loaded.tokenizer, task=make_task("auto", "tiny"),
-        engines={"nvfp4": Says(), "bf16": Says()}, plans={"nvfp4": arm_plan(loaded.model, "noqat")},
-        _trainer=lambda samples: [[-1.0, -1.0] for _ in samples],
+        engines={"nvfp4": nvfp4, "bf16": bf16}, plans={"nvfp4": arm_plan(loaded.model, "noqat")},
+        _trainer=lambda samples: [[-1.0] * len(sample.response) for sample in samples],
     )  # fmt: skip
     row = measure.Bench.paired(bench, dict(plain_weights(loaded.model)), VARIANTS["contract"], "key")
-    assert row["k3_nvfp4"] == row["k3_bf16"] == pytest.approx([math.e - 2] * 6, rel=1e-4)
-    assert row["k3_sampled"] == pytest.approx([math.exp(2) - 3] * 6, rel=1e-4)
-    assert (row["samples"], row["tokens"], row["lengths"]) == (3, 12, [2] * 6)
+
+    def k3(*log_ratios):
+        return pytest.approx([sum(math.exp(x) - 1 - x for x in log_ratios)] * 6, rel=1e-4)
+
+    assert row["k3_nvfp4"] == k3(0, 1) and row["k3_bf16"] == k3(0.25, 0)
+    assert row["k3_sampled"] == k3(0, 2) and row["k3_bf16_sampled"] == k3(0, 0, 0.5)
+    assert row["k3_engines"] == k3(-0.25, 1) and row["apart"] == [1.0] * 6
+    assert (row["samples"], row["tokens"], row["lengths"], row["lengths_bf16"]) == (3, 12, [2] * 6, [3] * 6)
+    assert nvfp4.asked == bf16.asked and len(bf16.asked) == 1 and (nvfp4.times_scored, bf16.times_scored) == (1, 1)
 
 
 def test_weights_that_runs_begin_with_are_measured_once(finished):
