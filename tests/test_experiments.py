@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers_rows import write
 
 import nvfp4_qat as nq
 from nvfp4_qat.engine import Sample
@@ -171,6 +172,19 @@ def test_what_was_recorded_when_things_ran_is_collected(finished, tmp_path):
     collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results")
     bf16, qat = read(tmp_path / "results" / "runs.jsonl")
     assert qat["circumstances"] == then and len(bf16["circumstances"]) == 1 and "commit" not in qat
+
+
+def test_measured_rows_are_replaced_one_by_one_and_by_the_newest(finished, tmp_path):
+    experiment = Experiment.load(finished / "dense.yaml")
+    before = read(finished / "results" / "dense" / "measured.jsonl")
+    write(tmp_path / "results" / "measured.jsonl", before)
+    out = tmp_path / "out"
+    out.mkdir()
+    (row,) = (r for r in before if r["kind"] == "evaluation" and r["run"] == "qat-s0" and r["precision"] == "bf16")
+    write(out / "measured-evaluation-s0.jsonl", [{**row, "right": [1]}, {**row, "right": [2]}])
+    collect(experiment, out, tmp_path / "results")
+    after = read(tmp_path / "results" / "measured.jsonl")
+    assert len(after) == len(before) and [r for r in after if r not in before] == [{**row, "right": [2]}]
 
 
 def test_what_is_done_is_not_done_again(finished, capsys):
