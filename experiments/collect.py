@@ -11,8 +11,7 @@
 Runs that are there already are replaced, others stay: an experiment can be collected in pieces. So are measured rows,
 each kind, step, variant and precision of a run by itself; of rows measured again the newest is taken.
 
-Commit, GPU, versions
-and date are those that runs and measurements recorded themselves, not those of the collection.
+Commit, GPU, versions and date are those that runs and measurements recorded themselves, not those of the collection.
 """
 
 from __future__ import annotations

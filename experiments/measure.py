@@ -19,7 +19,8 @@ is not measured again.
     like that. All runs are asked the same problems; ``right`` holds for each how many responses are right.
 
 All runs of an experiment begin with the same weights: those before the first step are measured once, as the first
-run's. A row also holds `nvfp4_qat.machine.circumstances`.
+run's. A row also holds `nvfp4_qat.machine.circumstances`, and in ``weights`` how the weights' digest begins: where a
+run has been made again, its rows are measured again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from nvfp4_qat.rl import arm_plan, prepare_arm, start_engine, stop_ids, trainer_
 from nvfp4_qat.rollouts import Graded, collate, right_answers, stable_seed
 from nvfp4_qat.runlog import kept_weights, load_kept
 from nvfp4_qat.tasks import encode_prompts, make_task
+from nvfp4_qat.tensor_digest import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -192,6 +196,11 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
+def weights_word(masters: Mapping[str, Tensor]) -> str:
+    """Which weights kept ones are: what begins their `digest`."""
+    return digest(masters)[:16]
+
+
 def measured_file(out: Path, seed: int, kind: str) -> Path:
     """Where the rows of a kind and a seed's runs are."""
     return out / f"measured-{kind}-s{seed}.jsonl"
@@ -215,9 +224,11 @@ def measure(experiment: Experiment, out: Path, runs: Sequence[Run], kinds: Seque
             out.mkdir(parents=True, exist_ok=True)
             file.open("a").close()
             held.enter_context(alone(file))
-        done = {_identity(row) for file in files for row in read(file)}
+        done = {_identity(row): row.get("weights") for file in files for row in read(file)}  # the newest row's
+        there = cache(lambda path: weights_word(load_file(path)))
         rows = [(run, row) for run in runs for row in _rows(experiment, out, run) if row["kind"] in kinds]
-        _measure(experiment, out, [(run, row) for run, row in rows if _identity(row) not in done])
+        known = [_identity(row) in done and done[_identity(row)] == there(row["path"]) for _, row in rows]
+        _measure(experiment, out, [each for each, is_known in zip(rows, known, strict=True) if not is_known])
 
 
 def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[str, Any]]]) -> None:
@@ -228,13 +239,16 @@ def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[s
     evaluated = any(row["kind"] == "evaluation" for _, row in todo)
     ffn = evaluated and any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
     with Bench(cfg, ffn) as bench:
-        for run, row in todo:
-            masters = bench.weights(Path(row.pop("path")))
-            if row["kind"] == "paired":
-                found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
-            else:
-                found = list(bench.evaluations(masters))
-            append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **where} for numbers in found])
+        for path, several in groupby(todo, lambda item: item[1]["path"]):
+            masters = bench.weights(Path(path))
+            told = {"weights": weights_word(masters), **where}
+            for run, row in several:
+                del row["path"]
+                if row["kind"] == "paired":
+                    found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
+                else:
+                    found = list(bench.evaluations(masters))
+                append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **told} for numbers in found])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

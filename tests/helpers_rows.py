@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,11 @@ def _step(arm: str, seed: int, step: int, steps: int) -> dict[str, Any]:
     return row
 
 
+def weights_word(run: str, step: int) -> str:
+    """The word for a run's weights; before the first step all runs have the same."""
+    return hashlib.sha256(f"{run} {step}".encode() if step else b"").hexdigest()[:16]
+
+
 def paired_row(run: str, step: int, variant: str = "contract", ratio: float = 1.0, **differs: Any) -> dict[str, Any]:
     """A paired row whose k3 ratio is known.
 
@@ -93,7 +99,7 @@ def paired_row(run: str, step: int, variant: str = "contract", ratio: float = 1.
         "k3_nvfp4": (ratio * below).tolist(), "k3_bf16": below.tolist(), "k3_sampled": (1.5 * below).tolist(),
         "k3_bf16_sampled": (1.4 * draw.exponential(1e-5, 256) * own).tolist(), "lengths_bf16": own.tolist(),
         "k3_engines": (0.5 * (1 + ratio) * below).tolist(), "apart": (0.02 * ratio * draw.random(256)).tolist(),
-        "lengths": lengths.tolist(), "samples": 4,
+        "lengths": lengths.tolist(), "samples": 4, "weights": weights_word(run, step),
         "differs": {
             "trainer": {**NO_DIFFERENCE, **differs.get("trainer", {})},
             "engine": {**NO_DIFFERENCE, **differs.get("engine", {})},
@@ -110,7 +116,7 @@ def evaluation_row(run: str, step: int, precision: str, chance: float, samples: 
     right = draw.binomial(samples, np.clip(chance + hard, 0, 1)).tolist()
     return {
         "kind": "evaluation", "run": run, "step": step, "precision": precision, "samples": samples, "right": right,
-        "response_length": 40.0, **WHERE,
+        "response_length": 40.0, "weights": weights_word(run, step), **WHERE,
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_rows import write
+from safetensors.torch import load_file, save_file
 
 import nvfp4_qat as nq
 from nvfp4_qat.engine import Sample
@@ -22,6 +23,7 @@ from nvfp4_qat.reference import quantize
 from nvfp4_qat.rl import arm_plan, plain_weights
 from nvfp4_qat.runlog import load_kept
 from nvfp4_qat.tasks import make_task
+from nvfp4_qat.tensor_digest import digest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
@@ -193,6 +195,41 @@ def test_what_is_done_is_not_done_again(finished, capsys):
     command = [str(finished / "dense.yaml"), "--out", str(finished / "out"), "--results", str(finished / "results")]
     assert run.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    experiment = Experiment.load(finished / "dense.yaml")
+    rows = [row for kind in measure.KINDS for row in read(measure.measured_file(out, 0, kind))]
+    by = {}
+    for row in rows:
+        by.setdefault((row["run"], row["step"]), set()).add(row["weights"])
+    assert all(len(words) == 1 for words in by.values())
+    assert by["qat-s0", 2] == {digest(load_file(out / "qat-s0" / "weights-qat" / "step-2.safetensors"))[:16]}
+    todo = []
+    monkeypatch.setattr(measure, "_measure", lambda experiment, out, found: todo.extend(row for _, row in found))
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert not todo
+    kept = out / "qat-s0" / "weights-qat"
+    other = load_file(kept / "step-2.safetensors")
+    other["model.norm.weight"] += 1
+    save_file(other, kept / "step-2.safetensors")
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert {(row["run"], row["step"]) for row in todo} == {("qat-s0", 2)}
+    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 1 + len(VARIANTS)
+    # A row that was measured before, and one of the present weights behind it: nothing is left to do for that one.
+    again = next(row for row in rows if (row["kind"], row["run"], row["step"]) == ("paired", "qat-s0", 2))
+    now = digest(other)[:16]
+    with measure.measured_file(out, 0, "paired").open("a") as file:
+        file.write(json.dumps({**again, "weights": now}) + "\n")
+    count = len(todo)
+    todo.clear()
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert len(todo) == count - 1
+    collect(experiment, out, tmp_path / "results")
+    newest = [row for row in read(tmp_path / "results" / "measured.jsonl") if row["kind"] == "paired"]
+    assert len(newest) == 3 * len(VARIANTS) and {**again, "weights": now} in newest and again not in newest
 
 
 def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
