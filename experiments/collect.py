@@ -3,7 +3,8 @@
 ``experiments/results/<name>/`` gets
 
 =================  =================================================================================================
-``runs.jsonl``     a line a run: its settings, seconds, and the circumstances of each piece of it
+``runs.jsonl``     a line a run: its settings, seconds, the circumstances of each piece of it, and how many runs
+                   could be on its GPU at a time, itself counted (``runs_on_gpu``; null: unknown, or pieces differ)
 ``metrics.jsonl``  a line a step of each run, the columns that pages are made of, to six digits
 ``measured.jsonl`` the rows of `measure`
 =================  =================================================================================================
@@ -57,6 +58,7 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         about = {name: summary.get(name) for name in ("config", "engine", "circumstances", "note", "seconds")}
         if (start := summary.get("starting_weights")) is not None:
             about["starting_weights"] = start["sha256"]
+        about["runs_on_gpu"] = _sharing(out, run.key)
         arm = experiment.arm(run.name)
         runs.append({"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about})
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
@@ -65,6 +67,16 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
     measured = [row for path in sorted(out.glob("measured-*.jsonl")) for row in read(path)]
     newest = {_identity(row, MEASURED): row for row in measured}  # a file's later rows are newer
     _merge(results / "measured.jsonl", newest.values(), MEASURED)
+
+
+def sharing_file(out: Path, key: str) -> Path:
+    """Where a run writes at each start how many share its GPU."""
+    return out / "logs" / f"{key}.gpu.jsonl"
+
+
+def _sharing(out: Path, key: str) -> int | None:
+    found = {row["runs_on_gpu"] for row in read(sharing_file(out, key))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _identity(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, ...]:

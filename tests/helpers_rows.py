@@ -48,6 +48,7 @@ def write_experiment(
             count = cut.get(key, steps)
             about.append({
                 "run": key, "name": name, "arm": arm, "seed": seed, "steps": count, "circumstances": [WHERE],
+                "runs_on_gpu": 3,
             })  # fmt: skip
             metrics += [{"run": key, **_step(arm, seed, step, steps)} for step in range(count)]
     write(folder / "runs.jsonl", about)

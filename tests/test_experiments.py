@@ -33,7 +33,7 @@ import measure  # noqa: E402
 import pool  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
-from collect import collect  # noqa: E402
+from collect import collect, sharing_file  # noqa: E402
 from experiment import Experiment, Run  # noqa: E402
 from rows import Results  # noqa: E402
 from section_contract import VARIANT_WORDS  # noqa: E402
@@ -176,6 +176,28 @@ def test_what_was_recorded_when_things_ran_is_collected(finished, tmp_path):
     assert qat["circumstances"] == then and len(bf16["circumstances"]) == 1 and "commit" not in qat
 
 
+@pytest.mark.parametrize(("pieces", "expected"), [([3], 3), ([2, 2], 2), ([3, 1], None), ([None], None), ([], None)])
+def test_runs_say_how_many_shared_their_gpu(finished, tmp_path, pieces, expected):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s0")
+    write(sharing_file(out, "qat-s0"), [{"runs_on_gpu": count} for count in pieces])
+    collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results")
+    (row,) = read(tmp_path / "results" / "runs.jsonl")
+    assert row["runs_on_gpu"] == expected
+
+
+def test_what_a_run_notes_of_its_gpu_belongs_to_its_own_pieces(tmp_path, monkeypatch):
+    file = tmp_path / "logs" / "a-s0.gpu.jsonl"
+
+    def noted(count, begun):
+        monkeypatch.setenv(pool.SHARED, count)
+        run._note_sharing(file, begun)
+        return [row["runs_on_gpu"] for row in read(file)]
+
+    assert noted("3", True) == [None, 3]  # an earlier piece has noted nothing
+    assert noted("2", False) == [2] and noted("2", True) == [2, 2] and noted("", True) == [2, 2, None]
+
+
 def test_measured_rows_are_replaced_one_by_one_and_by_the_newest(finished, tmp_path):
     experiment = Experiment.load(finished / "dense.yaml")
     before = read(finished / "results" / "dense" / "measured.jsonl")
@@ -257,7 +279,7 @@ def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
     assert rows and json.loads((out / "bf16-s0" / "summary.json").read_text())["interrupted"] is True
     assert (out / "bf16-s0" / "checkpoint-bf16.pt").exists()
     (row,) = read(tmp_path / "results" / "long" / "runs.jsonl")  # what there is has been collected
-    assert row["steps"] == len(rows)
+    assert row["steps"] == len(rows) and row["runs_on_gpu"] is None  # there is no GPU
 
 
 def test_a_run_that_fails_is_named_with_the_end_of_its_log(tmp_path, capsys):
