@@ -3,19 +3,22 @@
 ``experiments/results/<name>/`` gets
 
 =================  =================================================================================================
-``runs.jsonl``     a line a run: its settings, seconds, and the circumstances of each piece of it
+``runs.jsonl``     a line a run: its settings, seconds, the circumstances of each piece of it, and how many runs
+                   could be on its GPU at a time, itself counted (``runs_on_gpu``; null: unknown, or pieces differ)
 ``metrics.jsonl``  a line a step of each run, the columns that pages are made of, to six digits
 ``measured.jsonl`` the rows of `measure`
 =================  =================================================================================================
 
-Runs that are there already are replaced, others stay: an experiment can be collected in pieces. Commit, GPU, versions
-and date are those that runs and measurements recorded themselves, not those of the collection.
+Runs that are there already are replaced, others stay: an experiment can be collected in pieces. So are measured rows,
+each kind, step, variant and precision of a run by itself; of rows measured again the newest is taken.
+
+Commit, GPU, versions and date are those that runs and measurements recorded themselves, not those of the collection.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ COLUMNS = (
     "time/rollout", "time/update", "time/step",
 )  # fmt: skip
 """Of a step's row."""
+
+MEASURED = ("run", "kind", "step", "variant", "precision")
+"""What tells a measured row from the others."""
 
 
 def collect(experiment: Experiment, out: Path, results: Path) -> None:
@@ -52,21 +58,37 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         about = {name: summary.get(name) for name in ("config", "engine", "circumstances", "note", "seconds")}
         if (start := summary.get("starting_weights")) is not None:
             about["starting_weights"] = start["sha256"]
+        about["runs_on_gpu"] = _sharing(out, run.key)
         arm = experiment.arm(run.name)
         runs.append({"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about})
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
     _merge(results / "runs.jsonl", runs)
     _merge(results / "metrics.jsonl", metrics)
     measured = [row for path in sorted(out.glob("measured-*.jsonl")) for row in read(path)]
-    _merge(results / "measured.jsonl", measured)
+    newest = {_identity(row, MEASURED): row for row in measured}  # a file's later rows are newer
+    _merge(results / "measured.jsonl", newest.values(), MEASURED)
 
 
-def _merge(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Put rows in the place of those of the same runs."""
+def sharing_file(out: Path, key: str) -> Path:
+    """Where a run writes at each start how many share its GPU."""
+    return out / "logs" / f"{key}.gpu.jsonl"
+
+
+def _sharing(out: Path, key: str) -> int | None:
+    found = {row["runs_on_gpu"] for row in read(sharing_file(out, key))}
+    return found.pop() if len(found) == 1 else None
+
+
+def _identity(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.get(column) for column in columns)
+
+
+def _merge(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ("run",)) -> None:
+    """Put rows in the place of those that are the same in some columns."""
     rows = list(rows)
-    new = {row["run"] for row in rows}
+    new = {_identity(row, columns) for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = [row for row in read(path) if row["run"] not in new] + rows
+    merged = [row for row in read(path) if _identity(row, columns) not in new] + rows
     merged.sort(key=lambda row: str(row["run"]))  # stable: a run's rows keep their order
     if merged:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in merged).encode())

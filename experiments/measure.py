@@ -9,14 +9,18 @@ is not measured again.
     weights, and by the trainer, which computes with the same values. A row holds for every response the sum of its
     tokens' k3 between trainer and each engine: ``k3_nvfp4`` and ``k3_bf16`` of whole sequences that are scored, and
     ``k3_sampled`` of what the 4-bit engine said of each token when it sampled it, one after the other with a KV cache.
-    The ratio of the first two is what 4-bit kernels add to the mismatch that bf16 has; `variants` says what else either
-    side may hold, and ``differs`` how much of it is not the contract's.
+    The ratio of the first two is what 4-bit kernels add to the mismatch that bf16 has. The bf16 engine is given the
+    same prompts and the same seed then: ``k3_bf16_sampled`` is for its own responses, of ``lengths_bf16`` tokens, what
+    ``k3_sampled`` is for the others. ``k3_engines`` and ``apart`` hold the two engines' scores of the first tokens
+    against each other: a response's sum of k3, bf16 over 4-bit, and its largest difference of log-probabilities.
+    `variants` says what else either side may hold, and ``differs`` how much of it is not the contract's.
 ``evaluation``
     The weights after the last step: in bf16, in 4 bits, and in 4 bits with attention in bf16 where a run was trained
     like that. All runs are asked the same problems; ``right`` holds for each how many responses are right.
 
 All runs of an experiment begin with the same weights: those before the first step are measured once, as the first
-run's. A row also holds `nvfp4_qat.machine.circumstances`.
+run's. A row also holds `nvfp4_qat.machine.circumstances`, and in ``weights`` how the weights' digest begins: where a
+run has been made again, its rows are measured again.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +52,7 @@ from nvfp4_qat.rl import arm_plan, prepare_arm, start_engine, stop_ids, trainer_
 from nvfp4_qat.rollouts import Graded, collate, right_answers, stable_seed
 from nvfp4_qat.runlog import kept_weights, load_kept
 from nvfp4_qat.tasks import encode_prompts, make_task
+from nvfp4_qat.tensor_digest import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -120,17 +127,26 @@ class Bench:
         self.engines["nvfp4"].load(both.stream())
         self.engines["bf16"].load(iter(both.trainer.items()))
         problems = self.task.problems(PROBLEMS, f"paired/{key}")
-        groups = self.engines["nvfp4"].generate(
-            encode_prompts(self.tokenizer, problems), SAMPLES, self.task.max_new_tokens, stable_seed(f"paired/{key}")
+        asked = (
+            encode_prompts(self.tokenizer, problems),
+            SAMPLES,
+            self.task.max_new_tokens,
+            stable_seed(f"paired/{key}"),
         )
-        samples = [sample for group in groups for sample in group]
+        samples = _flat(self.engines["nvfp4"].generate(*asked))
         trainer = self._trainer(samples)
+        nvfp4, bf16 = (self.engines[name].score(samples) for name in ("nvfp4", "bf16"))
+        own = _flat(self.engines["bf16"].generate(*asked))
         return {
             "tokens": sum(len(sample.response) for sample in samples),
-            "k3_nvfp4": _k3_sums(trainer, self.engines["nvfp4"].score(samples)),
-            "k3_bf16": _k3_sums(trainer, self.engines["bf16"].score(samples)),
+            "k3_nvfp4": _k3_sums(trainer, nvfp4),
+            "k3_bf16": _k3_sums(trainer, bf16),
             "k3_sampled": _k3_sums(trainer, [sample.logprobs for sample in samples]),
+            "k3_bf16_sampled": _k3_sums(self._trainer(own), [sample.logprobs for sample in own]),
+            "k3_engines": _k3_sums(bf16, nvfp4),
+            "apart": _apart(bf16, nvfp4),
             "lengths": [len(sample.response) for sample in samples],
+            "lengths_bf16": [len(sample.response) for sample in own],
             "samples": SAMPLES,
             "differs": differences(both, contract),
         }
@@ -155,13 +171,34 @@ class Bench:
             yield {"precision": name, "samples": EVALUATED_SAMPLES, "right": right, "response_length": length}
 
 
-def _k3_sums(trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]]) -> list[float]:
-    """For each response the sum over its tokens of ``ρ - 1 - log ρ``, with ρ the trainer's chance over the engine's."""
+def _flat(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+    return [sample for group in groups for sample in group]
+
+
+def _k3_sums(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> list[float]:
+    """For each response the sum over its tokens of ``ρ - 1 - log ρ``, with ρ the one's chance over the other's."""
     sums = []
-    for a, b in zip(trainer, engine, strict=True):
+    for a, b in zip(one, other, strict=True):
         ratio = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-        sums.append(float(f"{float((torch.expm1(ratio) - ratio).sum()):.5g}"))
+        sums.append(_short(float((torch.expm1(ratio) - ratio).sum())))
     return sums
+
+
+def _apart(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> list[float]:
+    """For each response the largest difference of a token's log-probabilities."""
+    return [
+        _short(max((abs(x - y) for x, y in zip(a, b, strict=True)), default=0.0))
+        for a, b in zip(one, other, strict=True)
+    ]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def weights_word(masters: Mapping[str, Tensor]) -> str:
+    """Which weights kept ones are: what begins their `digest`."""
+    return digest(masters)[:16]
 
 
 def measured_file(out: Path, seed: int, kind: str) -> Path:
@@ -187,9 +224,11 @@ def measure(experiment: Experiment, out: Path, runs: Sequence[Run], kinds: Seque
             out.mkdir(parents=True, exist_ok=True)
             file.open("a").close()
             held.enter_context(alone(file))
-        done = {_identity(row) for file in files for row in read(file)}
+        done = {_identity(row): row.get("weights") for file in files for row in read(file)}  # the newest row's
+        there = cache(lambda path: weights_word(load_file(path)))
         rows = [(run, row) for run in runs for row in _rows(experiment, out, run) if row["kind"] in kinds]
-        _measure(experiment, out, [(run, row) for run, row in rows if _identity(row) not in done])
+        known = [_identity(row) in done and done[_identity(row)] == there(row["path"]) for _, row in rows]
+        _measure(experiment, out, [each for each, is_known in zip(rows, known, strict=True) if not is_known])
 
 
 def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[str, Any]]]) -> None:
@@ -200,13 +239,16 @@ def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[s
     evaluated = any(row["kind"] == "evaluation" for _, row in todo)
     ffn = evaluated and any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
     with Bench(cfg, ffn) as bench:
-        for run, row in todo:
-            masters = bench.weights(Path(row.pop("path")))
-            if row["kind"] == "paired":
-                found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
-            else:
-                found = list(bench.evaluations(masters))
-            append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **where} for numbers in found])
+        for path, several in groupby(todo, lambda item: item[1]["path"]):
+            masters = bench.weights(Path(path))
+            told = {"weights": weights_word(masters), **where}
+            for run, row in several:
+                del row["path"]
+                if row["kind"] == "paired":
+                    found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
+                else:
+                    found = list(bench.evaluations(masters))
+                append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **told} for numbers in found])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

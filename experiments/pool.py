@@ -26,6 +26,9 @@ GRACE = 40.0
 LOOK_EVERY = 20.0
 """Seconds between two lines about the runs."""
 
+SHARED = "NVFP4_QAT_SHARED"
+"""The variable that tells a process how many may be on its GPU at a time, itself counted; empty without a GPU."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -99,7 +102,8 @@ class Pool:
                     return False
                 while waiting and free:
                     task, gpu = waiting.pop(0), free.pop(0)
-                    busy[task.name] = self._started(task, gpu), gpu
+                    sharing = self.slots[: len(tasks)].count(gpu)
+                    busy[task.name] = self._started(task, gpu, sharing), gpu
                 time.sleep(0.5)
                 for name, (process, gpu) in list(busy.items()):
                     if process.poll() is not None:
@@ -120,13 +124,14 @@ class Pool:
     def _log(self, name: str) -> Path:
         return self.out / "logs" / f"{name}.log"
 
-    def _started(self, task: Task, gpu: str) -> subprocess.Popen[bytes]:
+    def _started(self, task: Task, gpu: str, sharing: int) -> subprocess.Popen[bytes]:
         log = self._log(task.name)
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, min(8, (os.cpu_count() or 1) // len(self.slots)))
         seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         # Told to them, as an installed package does not know its commit.
-        told = {"NVFP4_QAT_COMMIT": commit(Path(__file__).resolve().parent.parent) or ""}
+        known = commit(Path(__file__).resolve().parent.parent) or ""
+        told = {"NVFP4_QAT_COMMIT": known, SHARED: str(sharing) if gpu else ""}
         environment = {**os.environ, **seen, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, str(task.script), *task.arguments]
         with log.open("ab") as file:

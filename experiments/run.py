@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collect import collect
+from collect import collect, sharing_file
 from experiment import Experiment, Run
 from measure import KINDS, measured_file
-from pool import Interrupts, Pool, Task
+from pool import SHARED, Interrupts, Pool, Task
 from rows import read
 from starts import check_starts, warm_up_all
 
 from nvfp4_qat.alone import alone
 from nvfp4_qat.demo import run_demo
 from nvfp4_qat.errors import UserError
+from nvfp4_qat.jsonl import append_rows
 
 UNFINISHED = 3
 """Exit status of a command that has to be given again."""
@@ -130,8 +131,19 @@ def _one(experiment: Experiment, runs: Sequence[Run], out: Path, key: str) -> in
     if key == "warm-up":
         warm_up_all(experiment, runs, out)
     else:
-        run_demo(experiment.config(Run(*_split(key)), out))
+        run = Run(*_split(key))
+        _note_sharing(sharing_file(out, key), bool(_rows(experiment, run, out)))
+        run_demo(experiment.config(run, out))
     return 0
+
+
+def _note_sharing(file: Path, begun: bool) -> None:
+    """Add how many runs share the GPU to what was noted for the run's earlier pieces."""
+    if not begun:
+        file.unlink(missing_ok=True)  # of a run that was taken away
+    told = os.environ.get(SHARED, "")
+    pieces = [None] if begun and not file.exists() else []  # begun by a version that noted nothing
+    append_rows(file, [{"runs_on_gpu": count} for count in [*pieces, int(told) if told else None]])
 
 
 def _split(key: str) -> tuple[str, int]:

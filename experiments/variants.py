@@ -9,11 +9,13 @@ name                   the trainer                                             t
 ``contract``           this package's                                          the same bytes
 ``amax``               global scale amax / 2688 instead of a power of two      the same bytes
 ``unfused``            a global scale for each weight of a group               the same bytes; it keeps one for a layer
-``unclamped``          block scales below 2^-6 as they are                     the same bytes; Marlin makes these zero
+``unclamped``          block scales below 2^-6 as they are                     the same bytes (*)
 ``requantized``        this package's                                          master weights, rounded by another's code
 ``rounded-twice``      this package's                                          the trainer's values, rounded by it again
 ``repacked``           this package's                                          the trainer's values, packed again
 =====================  ======================================================  =======================================
+
+(*) Which vLLM's kernels may flush to zero or overflow, by version.
 
 The other's code is compressed-tensors' (observed minimum and maximum, as llm-compressor uses it). ``unfused`` leaves
 fused experts as they are, as gate and up are one tensor there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def write_experiment(
             count = cut.get(key, steps)
             about.append({
                 "run": key, "name": name, "arm": arm, "seed": seed, "steps": count, "circumstances": [WHERE],
+                "runs_on_gpu": 3,
             })  # fmt: skip
             metrics += [{"run": key, **_step(arm, seed, step, steps)} for step in range(count)]
     write(folder / "runs.jsonl", about)
@@ -76,6 +78,11 @@ def _step(arm: str, seed: int, step: int, steps: int) -> dict[str, Any]:
     return row
 
 
+def weights_word(run: str, step: int) -> str:
+    """The word for a run's weights; before the first step all runs have the same."""
+    return hashlib.sha256(f"{run} {step}".encode() if step else b"").hexdigest()[:16]
+
+
 def paired_row(run: str, step: int, variant: str = "contract", ratio: float = 1.0, **differs: Any) -> dict[str, Any]:
     """A paired row whose k3 ratio is known.
 
@@ -87,10 +94,13 @@ def paired_row(run: str, step: int, variant: str = "contract", ratio: float = 1.
     draw = np.random.default_rng([step, len(run)])
     lengths = draw.integers(20, 50, 256)
     below = draw.exponential(1e-5, 256) * lengths
+    own = draw.integers(20, 50, 256)  # the bf16 engine's responses are others
     return {
         "kind": "paired", "run": run, "step": step, "variant": variant, "tokens": int(lengths.sum()),
         "k3_nvfp4": (ratio * below).tolist(), "k3_bf16": below.tolist(), "k3_sampled": (1.5 * below).tolist(),
-        "lengths": lengths.tolist(), "samples": 4,
+        "k3_bf16_sampled": (1.4 * draw.exponential(1e-5, 256) * own).tolist(), "lengths_bf16": own.tolist(),
+        "k3_engines": (0.5 * (1 + ratio) * below).tolist(), "apart": (0.02 * ratio * draw.random(256)).tolist(),
+        "lengths": lengths.tolist(), "samples": 4, "weights": weights_word(run, step),
         "differs": {
             "trainer": {**NO_DIFFERENCE, **differs.get("trainer", {})},
             "engine": {**NO_DIFFERENCE, **differs.get("engine", {})},
@@ -107,7 +117,7 @@ def evaluation_row(run: str, step: int, precision: str, chance: float, samples: 
     right = draw.binomial(samples, np.clip(chance + hard, 0, 1)).tolist()
     return {
         "kind": "evaluation", "run": run, "step": step, "precision": precision, "samples": samples, "right": right,
-        "response_length": 40.0, **WHERE,
+        "response_length": 40.0, "weights": weights_word(run, step), **WHERE,
     }  # fmt: skip
 
 

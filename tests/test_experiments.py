@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers_rows import write
+from safetensors.torch import load_file, save_file
 
 import nvfp4_qat as nq
 from nvfp4_qat.engine import Sample
@@ -21,6 +23,7 @@ from nvfp4_qat.reference import quantize
 from nvfp4_qat.rl import arm_plan, plain_weights
 from nvfp4_qat.runlog import load_kept
 from nvfp4_qat.tasks import make_task
+from nvfp4_qat.tensor_digest import digest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
@@ -30,7 +33,7 @@ import measure  # noqa: E402
 import pool  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
-from collect import collect  # noqa: E402
+from collect import collect, sharing_file  # noqa: E402
 from experiment import Experiment, Run  # noqa: E402
 from rows import Results  # noqa: E402
 from section_contract import VARIANT_WORDS  # noqa: E402
@@ -94,6 +97,8 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
         assert by["repacked", step]["k3_nvfp4"] == by["contract", step]["k3_nvfp4"]
         assert sum(by["requantized", step]["k3_nvfp4"]) > 5 * sum(by["contract", step]["k3_nvfp4"])
         assert sum(by["contract", step]["lengths"]) == by["contract", step]["tokens"]
+        per_response = ("k3_bf16_sampled", "lengths_bf16", "k3_engines", "apart")
+        assert all(len(by["contract", step][column]) == 9 for column in per_response)
         for variant in VARIANTS:
             trainer, engine = (any(by[variant, step]["differs"][side].values()) for side in ("trainer", "engine"))
             assert trainer == (variant in ("amax", "unfused")), variant
@@ -114,27 +119,40 @@ def test_an_experiment_runs_from_a_file_to_rows(finished):
 
 def test_engines_are_held_against_the_trainer_as_they_score_and_as_they_sampled(monkeypatch):
     class Says:
+        def __init__(self, sampled, scored):
+            self.sampled, self.scored, self.asked, self.times_scored = sampled, scored, [], 0
+
         def load(self, stream):
             assert list(stream)
 
-        def generate(self, prompts, samples, *_):
-            return [[Sample(prompt, [5, 6], [-1.0, -3.0])] * samples for prompt in prompts]
+        def generate(self, prompts, samples, *more):
+            self.asked.append((prompts, samples, *more))
+            return [[Sample(prompt, [5] * len(self.sampled), self.sampled)] * samples for prompt in prompts]
 
         def score(self, samples):
-            return [[-1.0, -2.0] for _ in samples]
+            self.times_scored += 1
+            assert all(len(sample.response) == 2 for sample in samples)  # those that the 4-bit engine sampled
+            return [self.scored for _ in samples]
 
     monkeypatch.setattr(measure, "PROBLEMS", 2)
     monkeypatch.setattr(measure, "SAMPLES", 3)
     loaded = load_model("tiny")
+    nvfp4, bf16 = Says([-1.0, -3.0], [-1.0, -2.0]), Says([-1.0, -1.0, -1.5], [-1.25, -1.0])
     bench = SimpleNamespace(
         model=loaded.model, tokenizer=loaded.tokenizer, task=make_task("auto", "tiny"),
-        engines={"nvfp4": Says(), "bf16": Says()}, plans={"nvfp4": arm_plan(loaded.model, "noqat")},
-        _trainer=lambda samples: [[-1.0, -1.0] for _ in samples],
+        engines={"nvfp4": nvfp4, "bf16": bf16}, plans={"nvfp4": arm_plan(loaded.model, "noqat")},
+        _trainer=lambda samples: [[-1.0] * len(sample.response) for sample in samples],
     )  # fmt: skip
     row = measure.Bench.paired(bench, dict(plain_weights(loaded.model)), VARIANTS["contract"], "key")
-    assert row["k3_nvfp4"] == row["k3_bf16"] == pytest.approx([math.e - 2] * 6, rel=1e-4)
-    assert row["k3_sampled"] == pytest.approx([math.exp(2) - 3] * 6, rel=1e-4)
-    assert (row["samples"], row["tokens"], row["lengths"]) == (3, 12, [2] * 6)
+
+    def k3(*log_ratios):
+        return pytest.approx([sum(math.exp(x) - 1 - x for x in log_ratios)] * 6, rel=1e-4)
+
+    assert row["k3_nvfp4"] == k3(0, 1) and row["k3_bf16"] == k3(0.25, 0)
+    assert row["k3_sampled"] == k3(0, 2) and row["k3_bf16_sampled"] == k3(0, 0, 0.5)
+    assert row["k3_engines"] == k3(-0.25, 1) and row["apart"] == [1.0] * 6
+    assert (row["samples"], row["tokens"], row["lengths"], row["lengths_bf16"]) == (3, 12, [2] * 6, [3] * 6)
+    assert nvfp4.asked == bf16.asked and len(bf16.asked) == 1 and (nvfp4.times_scored, bf16.times_scored) == (1, 1)
 
 
 def test_weights_that_runs_begin_with_are_measured_once(finished):
@@ -158,12 +176,82 @@ def test_what_was_recorded_when_things_ran_is_collected(finished, tmp_path):
     assert qat["circumstances"] == then and len(bf16["circumstances"]) == 1 and "commit" not in qat
 
 
+@pytest.mark.parametrize(("pieces", "expected"), [([3], 3), ([2, 2], 2), ([3, 1], None), ([None], None), ([], None)])
+def test_runs_say_how_many_shared_their_gpu(finished, tmp_path, pieces, expected):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s0")
+    write(sharing_file(out, "qat-s0"), [{"runs_on_gpu": count} for count in pieces])
+    collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results")
+    (row,) = read(tmp_path / "results" / "runs.jsonl")
+    assert row["runs_on_gpu"] == expected
+
+
+def test_what_a_run_notes_of_its_gpu_belongs_to_its_own_pieces(tmp_path, monkeypatch):
+    file = tmp_path / "logs" / "a-s0.gpu.jsonl"
+
+    def noted(count, begun):
+        monkeypatch.setenv(pool.SHARED, count)
+        run._note_sharing(file, begun)
+        return [row["runs_on_gpu"] for row in read(file)]
+
+    assert noted("3", True) == [None, 3]  # an earlier piece has noted nothing
+    assert noted("2", False) == [2] and noted("2", True) == [2, 2] and noted("", True) == [2, 2, None]
+
+
+def test_measured_rows_are_replaced_one_by_one_and_by_the_newest(finished, tmp_path):
+    experiment = Experiment.load(finished / "dense.yaml")
+    before = read(finished / "results" / "dense" / "measured.jsonl")
+    write(tmp_path / "results" / "measured.jsonl", before)
+    out = tmp_path / "out"
+    out.mkdir()
+    (row,) = (r for r in before if r["kind"] == "evaluation" and r["run"] == "qat-s0" and r["precision"] == "bf16")
+    write(out / "measured-evaluation-s0.jsonl", [{**row, "right": [1]}, {**row, "right": [2]}])
+    collect(experiment, out, tmp_path / "results")
+    after = read(tmp_path / "results" / "measured.jsonl")
+    assert len(after) == len(before) and [r for r in after if r not in before] == [{**row, "right": [2]}]
+
+
 def test_what_is_done_is_not_done_again(finished, capsys):
     files = [*(finished / "out").rglob("*.jsonl"), finished / "out" / "logs" / "warm-up.log"]  # no warm-up either
     before = {path: path.stat().st_mtime_ns for path in files}
     command = [str(finished / "dense.yaml"), "--out", str(finished / "out"), "--results", str(finished / "results")]
     assert run.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    experiment = Experiment.load(finished / "dense.yaml")
+    rows = [row for kind in measure.KINDS for row in read(measure.measured_file(out, 0, kind))]
+    by = {}
+    for row in rows:
+        by.setdefault((row["run"], row["step"]), set()).add(row["weights"])
+    assert all(len(words) == 1 for words in by.values())
+    assert by["qat-s0", 2] == {digest(load_file(out / "qat-s0" / "weights-qat" / "step-2.safetensors"))[:16]}
+    todo = []
+    monkeypatch.setattr(measure, "_measure", lambda experiment, out, found: todo.extend(row for _, row in found))
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert not todo
+    kept = out / "qat-s0" / "weights-qat"
+    other = load_file(kept / "step-2.safetensors")
+    other["model.norm.weight"] += 1
+    save_file(other, kept / "step-2.safetensors")
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert {(row["run"], row["step"]) for row in todo} == {("qat-s0", 2)}
+    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 1 + len(VARIANTS)
+    # A row that was measured before, and one of the present weights behind it: nothing is left to do for that one.
+    again = next(row for row in rows if (row["kind"], row["run"], row["step"]) == ("paired", "qat-s0", 2))
+    now = digest(other)[:16]
+    with measure.measured_file(out, 0, "paired").open("a") as file:
+        file.write(json.dumps({**again, "weights": now}) + "\n")
+    count = len(todo)
+    todo.clear()
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    assert len(todo) == count - 1
+    collect(experiment, out, tmp_path / "results")
+    newest = [row for row in read(tmp_path / "results" / "measured.jsonl") if row["kind"] == "paired"]
+    assert len(newest) == 3 * len(VARIANTS) and {**again, "weights": now} in newest and again not in newest
 
 
 def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
@@ -191,7 +279,7 @@ def test_a_run_is_ended_in_time_and_continued(finished, tmp_path, capsys):
     assert rows and json.loads((out / "bf16-s0" / "summary.json").read_text())["interrupted"] is True
     assert (out / "bf16-s0" / "checkpoint-bf16.pt").exists()
     (row,) = read(tmp_path / "results" / "long" / "runs.jsonl")  # what there is has been collected
-    assert row["steps"] == len(rows)
+    assert row["steps"] == len(rows) and row["runs_on_gpu"] is None  # there is no GPU
 
 
 def test_a_run_that_fails_is_named_with_the_end_of_its_log(tmp_path, capsys):

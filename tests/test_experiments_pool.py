@@ -74,6 +74,18 @@ def pids(folder, tasks):
     return [int((folder / f"{task.name}.pid").read_text()) for task in tasks]
 
 
+@pytest.mark.parametrize(
+    ("slots", "count", "expected"),
+    [(["0", "1"] * 2, 3, "212"), (["5"] * 3, 2, "22"), (["5"], 2, "11"), (["0", "1"], 1, "1"), ([""], 1, " ")],
+)
+def test_processes_are_told_how_many_share_their_gpu(tmp_path, monkeypatch, slots, count, expected):
+    monkeypatch.setenv(pool.SHARED, "7")
+    code = f"import os, sys; open(sys.argv[1], 'w').write(os.environ[{pool.SHARED!r}])"
+    tasks = [task(tmp_path, str(i), code) for i in range(count)]
+    assert pool.Pool(slots, tmp_path, math.inf).finish(tasks, str)
+    assert [(tmp_path / f"{t.name}.pid").read_text() for t in tasks] == [n.strip() for n in expected]
+
+
 @pytest.mark.parametrize("status", [0, 1])
 def test_nothing_is_left_of_a_process_that_ended_by_itself(tmp_path, status):
     tasks = [task(tmp_path, "one", LEAVES_ONE_BEHIND.format(status=status))]
