@@ -1,6 +1,6 @@
 """What was claimed before the runs, and what came out: a table for the top of the page, and README's headline.
 
-A claim is answered by an interval and a bound or margin that was fixed before there was any data. ``yes`` and ``no``
+A claim is answered by an interval and a bound or margin that was fixed before these runs were made. ``yes`` and ``no``
 are given where the interval decides, ``open`` elsewhere: also where a run has not made all its steps, and where there
 are too few steps for an interval.
 """
@@ -48,7 +48,7 @@ def claims(dense: Results, moe: Results, smollm2: Results) -> Section:
         for answer in _answers(claim, results)
     ]
     text = (
-        "In brackets: 95 % intervals, explained above. Bounds and margins were fixed before there was any data. "
+        "In brackets: 95 % intervals, explained above. Bounds and margins were fixed before these runs were made. "
         f"Kernels: yes if the bound is at most {KERNELS_AT_MOST}, no if the interval is above it. Factor: yes if the "
         f"interval of each seed's own ratio is at {FACTOR_AT_LEAST:.0f} or above, no if that of all seeds together is "
         "below. Reward and accuracy: yes if the whole interval of the difference lies within the margin, no if it is "

@@ -297,6 +297,7 @@ def test_the_page_is_made_of_rows(finished, tmp_path):
         "What was claimed, what came out",
         "Experiment 1: with and without QAT",
         "Experiment 2: all layers or FFN only",
+        "Accuracy as served",
         "The mismatch that 4-bit kernels add",
         "What the contract buys",
     ]
