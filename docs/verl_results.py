@@ -22,7 +22,7 @@ PAGE, RUNS = DOCS / "verl.md", DOCS / "results" / "verl" / "runs.jsonl"
 BEGIN, END = "<!-- results: written by docs/verl_results.py -->", "<!-- results end -->"
 
 SETTING = ("model", "strategy", "gpus", "tensor_parallel", "name")
-"""What runs that are compared with each other have in common."""
+"""What runs that are compared with each other have in common, beside the weights that they begin from."""
 
 HEAD = [
     "model", "strategy", "arm", "GPUs", "TP", "steps", "k3 KL", "no QAT / QAT", "4-bit, trainer / engine",
@@ -34,6 +34,7 @@ RESUMED = [
 ]  # fmt: skip
 ORDER = ("bf16", "noqat", "qat")
 K3 = "rollout_corr/k3_kl"
+START = "starting_weights"
 
 Row = dict[str, Any]
 
@@ -52,9 +53,9 @@ def metrics(row: Row) -> Path:
 
 def cells(row: Row, runs: Sequence[Row]) -> list[str]:
     """A run as cells of the first table."""
-    alike = {other["arm"]: other for other in runs if all(other[key] == row[key] for key in SETTING)}
     k3 = number(row[K3])
-    gain = number(alike["noqat"][K3]) / k3 if row["arm"] == "qat" and "noqat" in alike else math.nan
+    without = next((other for other in runs if other["arm"] == "noqat" and comparable(other, row)), None)
+    gain = number(without[K3]) / k3 if without and row["arm"] == "qat" else math.nan
     # What is streamed is what the trainer computes with, but for the comparison without QAT.
     trained = number(row["qat/coverage"] or 0.0) if row["arm"] == "qat" else 0.0
     shares = [f"{100 * share:.1f} %" for share in (trained, number(row.get("qat/engine_coverage") or 0.0))]
@@ -63,6 +64,12 @@ def cells(row: Row, runs: Sequence[Row]) -> list[str]:
         *about(row), str(row["steps"]), small(k3), f"**{ratio(gain)}**" if known(gain) else small(gain),
         "–" if row["arm"] == "bf16" else " / ".join(shares), byte_size(number(row["qat/sync_bytes"])), *seconds,
     ]  # fmt: skip
+
+
+def comparable(a: Row, b: Row) -> bool:
+    """Whether two runs may be held against each other; one that does not say what it began from, with none."""
+    same = all(a[key] == b[key] for key in SETTING)
+    return same and a.get(START) is not None and a[START] == b.get(START)
 
 
 def resumed(row: Row) -> list[str]:

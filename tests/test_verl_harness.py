@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 verl = pytest.importorskip("verl", reason="verl is not installed")
 
@@ -229,6 +230,7 @@ class Stands(Run):
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(verl_resume, "Run", Stands)
     monkeypatch.setattr(verl_resume, "prepare", lambda out, model: out.mkdir(exist_ok=True))
+    monkeypatch.setattr(verl_resume, "starting_weights", lambda out: "a")
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
@@ -262,6 +264,7 @@ def test_a_run_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(verl_resume, "Run", Fails)
     monkeypatch.setattr(verl_resume, "prepare", lambda out, model: out.mkdir(exist_ok=True))
+    monkeypatch.setattr(verl_resume, "starting_weights", lambda out: "a")
     row = verl_resume.main("qat", "dense", tmp_path / "out")
     assert (row["exit"], row["problem"], row["checkpoint"]) == (1, "verl ended with 3", 0)
 
@@ -276,7 +279,7 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         told = verl_rows.told([{"step": 2, **step(2, k3=k3)["data"]}])
         told |= {"qat/coverage": None, "qat/sync_bytes": None} if arm == "bf16" else {}
         told["qat/engine_coverage"] = None if arm == "bf16" else 0.95
-        found.append({**Run(arm, "dense", tmp_path).about(), **told, **made, "label": arm})
+        found.append({**Run(arm, "dense", tmp_path).about(), **told, **made, "label": arm, "starting_weights": "a"})
     killed = {
         "resumed_from": "qat",
         "checkpoint": 2,
@@ -293,6 +296,26 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "| 6·10⁻³ | – | 0.0 % / 95.0 % |" in lines[3] and "| 10⁻⁵ | – | – | – |" in lines[2].replace("1·", "")
     assert lines[-3] == "| dense | fsdp2 | qat | 1 | 1 | 3 | 2 | 1·10⁻⁴ → 2·10⁻⁴ | 50 % → 51 % | yes |"
     assert lines[-1] == "- H200; verl 0.9.1 (2026-11-28)"
+    # Runs that began from other weights, or do not say from which, are not held against each other.
+    for other in ("b", None):
+        found[1]["starting_weights"] = other
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        assert "| 2·10⁻⁴ | – | 95.0 %" in verl_results.table()
+
+
+def test_what_runs_begin_from_is_told(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    other = {**tensors, "b": torch.zeros(2, dtype=torch.bfloat16)}
+    told = []
+    for name, parts in {"whole": [tensors], "parts": [{k: v} for k, v in tensors.items()], "other": [other]}.items():
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        for index, part in enumerate(parts):
+            save_file(part, folder / f"{index}.safetensors")
+        told.append(verl_task.starting_weights(folder.parent))
+    assert told[0] == told[1] != told[2]
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("smollm2", marks=pytest.mark.smollm2)])

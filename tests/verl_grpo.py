@@ -28,7 +28,7 @@ from typing import Any
 from verl_processes import Started
 from verl_rows import circumstances, engine_coverage, said, steps, told, write
 from verl_sockets import FOLDER
-from verl_task import LENGTHS, MODELS, prepare
+from verl_task import LENGTHS, MODELS, prepare, starting_weights
 
 import nvfp4_qat as nq
 
@@ -179,9 +179,10 @@ def main(arm: str, model: str, out: Path, *overrides: str) -> dict[str, Any]:
         while started.wait(60) is None:
             pass
         code = started.code
+    seconds = round(time.perf_counter() - start, 1)
     found = steps(metrics)
-    row = {**run.about(), "exit": code, "seconds": round(time.perf_counter() - start, 1), **told(found)}
-    row |= {"said": said(log), "qat/engine_coverage": engine_coverage(said(log)), **circumstances()}
+    row = {**run.about(), "starting_weights": starting_weights(out), "exit": code, **told(found)}
+    row |= {"seconds": seconds, "said": said(log), "qat/engine_coverage": engine_coverage(said(log)), **circumstances()}
     write(out, run.label, row, found)
     return row
 

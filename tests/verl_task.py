@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nvfp4_qat.models import load_model
 from nvfp4_qat.tasks import OneSentence
+from nvfp4_qat.tensor_digest import digest
 
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe", "small": "qwen3", "smollm2": "llama"}
 """And what transformers calls them: four layers, 3 and 7 million parameters, ten layers, 63 million, and
@@ -75,6 +76,17 @@ def prepare(out: Path, kind: str) -> None:
             data(out, kind)
     found = json.loads((out / "model" / "config.json").read_text())["model_type"]
     assert found == MODELS[kind], f"{out} has a model {found}: choose another folder for {kind}"
+
+
+def starting_weights(out: Path) -> str:
+    """A digest of the weights that runs with a folder begin from."""
+    from safetensors.torch import load_file
+
+    tensors = dict[str, torch.Tensor]()
+    for file in sorted((out / "model").glob("*.safetensors")):
+        tensors |= load_file(file)
+    assert tensors, f"{out / 'model'} has no weights"
+    return digest(tensors)
 
 
 def tokenizer() -> Any:
