@@ -285,6 +285,24 @@ def test_counters_become_rows_and_a_table(tmp_path):
     assert "| H200 | 4096×4096 | fake quantize | 21.5 | 0.500 | 81 % | 40 % | 90 % | 3.9 |" in table
 
 
+def test_a_reload_stands_beside_the_syncs_of_its_run():
+    from rollout_tables import rollout
+
+    def row(commit: str, method: str, **more: object) -> dict[str, object]:
+        named = {"model": "Qwen3-8B", "layers": 36, "masters": "fp32", "transport": "direct", "vllm": "0.24.0"}
+        return {**named, "gpu": "NVIDIA H200", "commit": commit, "method": method, **more}
+
+    def synced(commit: str, seconds: float) -> dict[str, object]:
+        times = {"seconds": seconds, "seconds_samples": [seconds], "first_seconds": 3.0}
+        return row(commit, "everything", **times, bytes=10**9, extra_bytes=10**6)
+
+    reload = row("a", "reload", reload_seconds=0.6, reload_seconds_samples=[0.5, 0.7])
+    cells = rollout([synced("a", 0.1), reload]).table.splitlines()[2].split(" | ")
+    assert cells[2:4] == ["everything", "0.100 (0.100–0.100)"] and cells[7] == "0.600 (0.500–0.700)"
+    cells = rollout([reload, synced("b", 0.2)]).table.splitlines()[2].split(" | ")
+    assert cells[3] == "0.200 (0.200–0.200)" and cells[7] == "–"  # that reload was another run's
+
+
 def empty_page(folder: Path) -> Path:
     from page import BEGIN, END, SCRIPT
 

@@ -309,3 +309,5 @@ def test_a_commit_is_told_with_a_mark_where_code_differs(tmp_path, monkeypatch):
     assert commit(tmp_path) == head  # neither is code
     (tmp_path / "experiments/file").write_text("b")
     assert commit(tmp_path) == f"{head}+"
+    monkeypatch.setenv("NVFP4_QAT_COMMIT", "told")
+    assert commit(tmp_path) == "told"

@@ -31,7 +31,7 @@ from nvfp4_qat.models import load_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # verl's
 VERL = Path(verl.__file__).parent
-OPTIONS = ("STEPS", "STRATEGY", "GPUS", "TP", "CPUS", "NAME", "FIRST", "LIMIT", "COMMIT")
+OPTIONS = ("STEPS", "STRATEGY", "GPUS", "TP", "CPUS", "NAME", "FIRST", "LIMIT")
 
 
 @pytest.fixture(autouse=True)

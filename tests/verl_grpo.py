@@ -1,8 +1,8 @@
 """verl with Ray, FSDP and vLLM on GPUs: ``python tests/verl_grpo.py ARM MODEL OUT [KEY=VALUE ...]``.
 
-ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense``, ``moe``, ``small`` or
-``smollm2`` (`verl_task`) and goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are
-there; a folder for the run, with verl's log and all of its metrics; and what is kept of these, ``row-*.json`` and
+ARM is ``bf16``, ``noqat`` (trained in bf16, sampled in 4 bits) or ``qat``; MODEL is ``dense``, ``moe`` or ``smollm2``
+(`verl_task`) and goes on learning with verl's GRPO. OUT gets the model and the data, used again if they are there; a
+folder for the run, with verl's log and all of its metrics; and what is kept of these, ``row-*.json`` and
 ``metrics-*.jsonl`` (`verl_rows`). At the end stands one line of JSON that begins with RESULT. What stands behind OUT is
 for verl's command line.
 
@@ -28,7 +28,7 @@ from typing import Any
 from verl_processes import Started
 from verl_rows import circumstances, engine_coverage, said, steps, told, write
 from verl_sockets import FOLDER
-from verl_task import LENGTHS, MODELS, prepare, starting_weights
+from verl_task import LENGTHS, MODELS, QUESTIONS, prepare, starting_weights
 
 import nvfp4_qat as nq
 
@@ -107,19 +107,20 @@ class Run:
         Args:
             private: a folder for Ray; its path must be short.
         """
-        longest_prompt, longest_response = LENGTHS[self.model]
+        (longest_prompt, longest_response), questions = LENGTHS[self.model], QUESTIONS[self.model]
         actor, rollout, ray = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "ray_kwargs.ray_init"
         # Its controller, and what `gpus` places are made of; actors take one more while they are started.
         needed = STORAGE + 1 + 3 * self.gpus + 2
         found = [
             "algorithm.adv_estimator=grpo", "algorithm.rollout_correction.rollout_is=token",
             "algorithm.rollout_correction.rollout_is_threshold=2.0", f"data.train_files={self.out / 'train.parquet'}",
-            f"data.val_files={self.out / 'test.parquet'}", "data.train_batch_size=64",
+            f"data.val_files={self.out / 'test.parquet'}", f"data.train_batch_size={questions}",
             f"data.max_prompt_length={longest_prompt}", f"data.max_response_length={longest_response}",
             f"actor_rollout_ref.model.path={self.out / 'model'}", "actor_rollout_ref.model.use_remove_padding=False",
             "+actor_rollout_ref.model.override_config.attn_implementation=sdpa", f"{actor}.strategy={self.strategy}",
-            f"{actor}.use_kl_loss=False", f"{actor}.ppo_mini_batch_size=32", f"{actor}.ppo_micro_batch_size_per_gpu=64",
-            f"{actor}.optim.lr=1e-5", f"{rollout}.name=vllm", f"{rollout}.n=8",
+            f"{actor}.use_kl_loss=False", f"{actor}.ppo_mini_batch_size={questions // 2}",
+            f"{actor}.ppo_micro_batch_size_per_gpu=64", f"{actor}.optim.lr=1e-5", f"{rollout}.name=vllm",
+            f"{rollout}.n=8",
             f"{rollout}.gpu_memory_utilization=0.2", f"{rollout}.log_prob_micro_batch_size_per_gpu=128",
             f"{rollout}.calculate_log_probs=True", f"{rollout}.tensor_model_parallel_size={self.tp}",
             f"+{rollout}.engine_kwargs.vllm.kv_cache_memory_bytes={KV_CACHE}", f"+{ray}.include_dashboard=False",

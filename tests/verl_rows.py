@@ -6,7 +6,6 @@ Both are for docs/results/verl: ``metrics-<label>.jsonl`` as it is, ``row-<label
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -83,11 +82,11 @@ def engine_coverage(lines: Iterable[str]) -> float | None:
 
 
 def circumstances() -> dict[str, Any]:
-    """With what and when something ran; the commit is that of the variable COMMIT where there is no repository."""
+    """With what and when something ran."""
     # nvidia-smi: this process has no business on the GPU.
     gpu = _answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").partition("\n")[0] or None
     found = machine.circumstances(torch.device("cpu"), packages=PACKAGES)
-    return {**found, "gpu": gpu, "commit": os.environ.get("COMMIT") or found["commit"]}
+    return {**found, "gpu": gpu}
 
 
 def write(out: Path, label: str, row: dict[str, Any], found: Iterable[dict[str, Any]]) -> None:

@@ -51,16 +51,23 @@ def circumstances(
 def commit(checkout: Path = CHECKOUT) -> str | None:
     """The commit of the code, "+" behind it where code differs from it.
 
+    The variable ``NVFP4_QAT_COMMIT`` has the first word, for copies of the code without its repository.
+
     Args:
-        checkout: the repository's directory. If it is none, the variable ``NVFP4_QAT_COMMIT`` is asked.
+        checkout: the repository's directory.
+
+    Returns:
+        None: neither of them says it.
     """
+    if told := os.environ.get("NVFP4_QAT_COMMIT"):
+        return told
     if (checkout / ".git").exists():
         head = _git(checkout, "rev-parse", "--short=10", "HEAD")
         # Rows are no code: they change while they are collected.
         changes = _git(checkout, "status", "--porcelain", "--", *CODE, ":(exclude)*/results/*")
         if head:
             return head + ("+" if changes else "")
-    return os.environ.get("NVFP4_QAT_COMMIT") or None
+    return None
 
 
 CODE = ("src", "experiments", "benchmarks")
