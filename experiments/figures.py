@@ -14,9 +14,11 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nvfp4_qat.charts import moving_mean
+from nvfp4_qat.charts import moving_mean, power_of_ten
 from nvfp4_qat.report import COLOURS, DASHES
+from nvfp4_qat.report_page import small
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -61,7 +63,7 @@ def draw_curves(results: Results, names: Sequence[str], path: Path) -> None:
         for name in names:
             _curve(axes, results, name, column, log)
         if log and _positive(results, names, column):
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step", fontsize=10)
         axes.tick_params(labelsize=9, which="both")
@@ -72,6 +74,16 @@ def draw_curves(results: Results, names: Sequence[str], path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic axis with a number at each power of ten, and at 2 and 5 times each where there are few of these."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    few = high < 100 * low
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small(value) if few else power_of_ten(value)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if few else tuple(range(2, 10))))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: small(value)) if few else NullFormatter())
 
 
 def _positive(results: Results, names: Sequence[str], column: str) -> bool:

@@ -88,9 +88,10 @@ def comparison(title: str, results: Results, names: Sequence[str], picture: str)
     runs = [run for run in results.runs if run["name"] in there]
     circumstances = [c for run in runs for c in run.get("circumstances") or []]
     early = results.unfinished(there)
+    said = settings(runs)
     parts = [
-        f"{MODELS[results.name]}.",
-        settings(runs),
+        "" if said.startswith(MODELS[results.name]) else f"{MODELS[results.name]}.",
+        said,
         machines(circumstances),
         f"Unfinished: {early}." if early else "",
         "Means over the steps that all these runs have, and over their last quarter for the reward.",
