@@ -78,7 +78,7 @@ def _stages(
         if folder.is_dir():
             with alone(folder):  # said now and not by a process among others, which all would be ended for it
                 pass
-    if waiting:
+    if any(experiment.config(run, out).warmup_steps for run in waiting):
         named = ["--runs", ",".join(dict.fromkeys(run.name for run in waiting))]
         yield [Task("warm-up", script, [*common, *named, "--one", "warm-up"])], lambda: "warm-up"
     tasks = [Task(run.key, script, [*common, "--one", run.key]) for run in waiting]

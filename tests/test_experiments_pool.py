@@ -137,7 +137,9 @@ for number in (signal.SIGINT, signal.SIGINT):
 
 def test_sigterm_ends_runs_in_order(tmp_path):
     """Also where the shell that started the command has its children ignore Ctrl-C, as for one in the background."""
-    (tmp_path / "x.yaml").write_text(CONFIG.replace("steps: 1,", "steps: 100000,"))
+    (tmp_path / "x.yaml").write_text(
+        CONFIG.replace("{steps: 1,", "{steps: 100000,").replace("warmup_steps: 60", "warmup_steps: 0")
+    )
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / "run.py"), *command(tmp_path, "--runs", "bf16")],
         stderr=subprocess.PIPE,
