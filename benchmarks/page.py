@@ -7,10 +7,16 @@ in figures, so that nothing has to be read off an axis.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+
+from markers import between  # noqa: E402
 
 BEGIN, END = "<!-- sections: written by {} -->", "<!-- sections end -->"
 """What is between them is written by a script, which is named in the first."""
@@ -101,9 +107,4 @@ def updated(page: str, sections: Sequence[Section], folder: str, script: str = S
         folder: of the pictures.
         script: whose markers these are.
     """
-    begin = BEGIN.format(script)
-    before, found, rest = page.partition(begin)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise SystemExit(f"the page has lost the markers {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{written(sections, folder)}\n\n{END}{after}"
+    return between(page, BEGIN.format(script), END, f"\n\n{written(sections, folder)}\n\n")

@@ -4,8 +4,9 @@ Every run under ``docs/results/<name>/`` gives a row; a test compares the README
 """
 
 import math
-import sys
 from pathlib import Path
+
+from markers import between
 
 from nvfp4_qat.report_page import byte_size, duration, ratio, small
 from nvfp4_qat.run_files import Run, load_run, number
@@ -41,13 +42,8 @@ def table() -> str:
 
 def updated(readme: str) -> str:
     """The README with the table between its markers renewed."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return between(readme, BEGIN, END, f"\n{table()}\n")
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{README} has lost the markers {BEGIN} and {END}")
-    README.write_text(updated(text), encoding="utf-8")
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from markers import between
 
 from nvfp4_qat.report_page import byte_size, percent, ratio, small
 from nvfp4_qat.run_files import known, number
@@ -121,13 +122,8 @@ def made_with(found: Sequence[Row]) -> list[str]:
 
 def updated(page: str) -> str:
     """The page with the tables between its markers renewed."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return between(page, BEGIN, END, f"\n{table()}\n")
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{PAGE} has lost the markers {BEGIN} and {END}")
-    PAGE.write_text(updated(text), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -23,7 +23,7 @@ from nvfp4_qat.report_page import small
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from claims import headline  # noqa: E402
-from page import updated  # noqa: E402
+from page import between, updated  # noqa: E402
 from rows import RESULTS, Results  # noqa: E402
 from sections import CURVES, sections  # noqa: E402
 from words import MODELS, label  # noqa: E402
@@ -120,13 +120,9 @@ def with_headline(readme: str, folder: Path = RESULTS) -> str:
         readme: its text.
         folder: where the experiments' rows are.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise SystemExit(f"README has lost the markers {BEGIN} and {END}")
     table = headline([Results(name, folder) for name in MODELS])
     shown = f"{table}\n\n{BELOW}\n" if table else ""
-    return f"{before}{BEGIN}\n{shown}{END}{after}"
+    return between(readme, BEGIN, END, f"\n{shown}")
 
 
 def main() -> int:
