@@ -26,17 +26,15 @@ from torch import nn
 import nvfp4_qat as nq
 from nvfp4_qat import QuantPlan
 from nvfp4_qat.capacity import (
-    BF16,
     ENGINE_ACTIVATION_BYTES,
-    ModelShape,
     Setup,
     engine_weights,
     forward_gather_bytes,
-    model_shape,
     step_gather_bytes,
     sync_bytes,
     training_memory,
 )
+from nvfp4_qat.capacity_shape import BF16, ModelShape, model_shape
 from nvfp4_qat.engine_memory import GIB
 
 ASLEEP = 3 * GIB

@@ -20,13 +20,13 @@ from nvfp4_qat.capacity import (  # noqa: E402
     engine_weights,
     forward_gather_bytes,
     host_bytes,
-    model_shape,
     rollout_memory,
     step_gather_bytes,
     sync_bytes,
     training_memory,
     training_moments,
 )
+from nvfp4_qat.capacity_shape import model_shape  # noqa: E402
 from nvfp4_qat.capacity_table import ROLLOUT_ROWS, TRAINING_ROWS, Capacity  # noqa: E402
 from nvfp4_qat.errors import UserError  # noqa: E402
 from nvfp4_qat.models import load_model  # noqa: E402

@@ -17,18 +17,17 @@ from .capacity import (
     ENGINE_ACTIVATION_BYTES,
     LOSS_BYTES,
     LOSS_ROWS,
-    ModelShape,
     Setup,
     cache_tokens,
     forward_gather_bytes,
     host_bytes,
-    model_shape,
     rollout_memory,
     step_gather_bytes,
     sync_bytes,
     training_memory,
     training_moments,
 )
+from .capacity_shape import ModelShape, model_shape
 from .engine_memory import GIB, PRECISIONS, EngineSettings
 from .errors import UserError
 from .plan import QuantPlan
