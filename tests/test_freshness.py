@@ -1,9 +1,11 @@
 """Training never computes with a stale 4-bit copy: every way to change a weight, and the check behind them all."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 import nvfp4_qat as nq
 from nvfp4_qat.core import pack_from_masters
+from nvfp4_qat.qat_module import packed_weights_of
 
 ON = nq.QATConfig(enable=True)
 
@@ -47,6 +50,96 @@ def test_optimizer_steps(name, made):
         optimizer.zero_grad()
         assert not torch.equal(old, model.blocks[0].down_proj.weight)
         assert_fresh(model)
+
+
+def half_a_step(model):
+    """A step of which half the weights are written when it raises."""
+    parameters = list(model.parameters())
+    middle = len(parameters) // 2
+    groups = [{"params": parameters[:middle]}, {"params": parameters[middle:]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
+    model(torch.randn(4, 32)).sum().backward()
+    parameters[-1].grad = parameters[-1].grad.to_sparse()
+    return optimizer, RuntimeError
+
+
+def a_step_and_a_hook_that_raises(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.randn(4, 32)).sum().backward()
+
+    def fails(*_):
+        raise KeyError("a hook of the user's")
+
+    optimizer.register_step_post_hook(fails)
+    return optimizer, KeyError
+
+
+@pytest.mark.parametrize("begin", [half_a_step, a_step_and_a_hook_that_raises])
+def test_a_step_that_raises_has_written_all_the_same(begin):
+    model = stack()
+    nq.apply_qat(model, ON)
+    optimizer, error = begin(model)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(error):
+        optimizer.step()
+    assert any(not torch.equal(old[name], p) for name, p in model.named_parameters())
+    assert_fresh(model)
+    list(pack_from_masters(model))
+
+
+def test_a_hook_of_an_optimizer_sees_the_weights_after_its_step():
+    model = stack()
+    nq.apply_qat(model, ON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    called = []
+
+    def pushes(*_):
+        assert_fresh(model)
+        called.append(dict(nq.packed_weights(model)))
+
+    optimizer.register_step_post_hook(pushes)
+    model(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert_fresh(model)
+    (pushed,) = called
+    for name, tensor in nq.packed_weights(model):
+        assert torch.equal(tensor.view(torch.uint8), pushed[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("after", [1, 8])
+def test_a_step_while_weights_are_read_is_an_error(noticed, fused, after):
+    model = stack()
+    nq.apply_qat(model, ON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    model(torch.randn(4, 32)).sum().backward()
+    if noticed:
+        optimizer.step()
+    stream = nq.packed_weights(model)
+    for _ in range(after):
+        next(stream)
+    optimizer.step()
+    with pytest.raises(nq.MismatchError, match="while packed_weights was being read") as error:
+        list(stream)
+    assert not isinstance(error.value, nq.StaleWeightsError)
+    assert_fresh(model)
+    list(nq.packed_weights(model))
+
+
+def test_a_model_that_moves_leaves_nothing_behind():
+    model = stack()
+    nq.apply_qat(model, ON)
+    model(torch.randn(2, 32))
+    model(torch.randn(2, 32))
+    masters = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.to("meta")
+    gc.collect()
+    assert all(weight.value is None for weight in packed_weights_of(model))
+    assert not any(ref() is not None for ref in masters)
+    model.to_empty(device="cpu").load_state_dict(state)
+    assert_fresh(model)
 
 
 def test_an_optimizer_for_some_weights_repacks_their_groups_only():

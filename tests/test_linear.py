@@ -446,3 +446,18 @@ def test_default_dtype_and_device_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got, expected)
+
+
+def test_a_forward_with_fake_tensors_leaves_nothing_behind():
+    """As for an estimate of memory before training: what is kept for later calls must be real."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from nvfp4_qat import reference
+
+    model = stack()
+    nq.apply_qat(model, ON)
+    reference._value_pairs.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.empty(2, 32))
+    x = torch.randn(2, 32)
+    assert torch.equal(model(x), model.reference(x))

@@ -223,6 +223,35 @@ def notices(env: Env, change: Callable[[nn.Module], None], noticed: bool) -> Non
     scenarios.notices(fsdp(env), change, noticed)
 
 
+@case(2, options=PLAIN)
+def an_unnoticed_change_is_an_error_at_the_next_sync(env: Env, **options: Any) -> None:
+    """Training goes on with the old global scale, so the engine would get other weights than it computes with."""
+    model = fsdp(env, **options)(decoder())
+    loss_of(model(batch(0))).backward()
+    list(nq.packed_weights(model))
+    for p in model.parameters():
+        p.to_local().detach().mul_(3)
+    with pytest.raises(nq.StaleWeightsError, match=r"layers\.1\.mlp\.down_proj\.weight"):
+        list(nq.packed_weights(model))
+    nq.refresh(model)
+    list(nq.packed_weights(model))
+    OPTIMIZERS["fused"](model.parameters()).step()  # is noticed, whatever it does to the scale
+    list(nq.packed_weights(model))
+
+
+@case(2)
+def a_step_while_weights_are_read_is_an_error(env: Env) -> None:
+    model = fsdp(env)(decoder())
+    step = OPTIMIZERS["fused"](model.parameters())
+    loss_of(model(batch(0))).backward()
+    stream = nq.packed_weights(model)
+    next(stream)
+    step.step()
+    with pytest.raises(nq.MismatchError, match="while packed_weights was being read"):
+        list(stream)
+    list(nq.packed_weights(model))
+
+
 @case(2, inside={"layer": {"whole": False}, "whole": {"whole": True}})
 def compiles(env: Env, whole: bool) -> None:
     sharding = fsdp(env)

@@ -8,8 +8,8 @@ quantized.
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from .linear import to_qat_linear
 from .ops import PackedNVFP4
 from .parameter import check_adoptable, is_dtensor
 from .plan import QuantizedTensor, QuantPlan, canonical_name
-from .qat_module import QATModule, packed_weights_of
+from .qat_module import QATModule, fusion_groups, packed_weights_of
 from .state import PackedWeight
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def refresh(model: nn.Module) -> None:
     if (gather := _gather_of(model)) is not None:
         gather.check_modules(model)
         return gather.refresh()
-    for group in _groups(model):
+    for group in fusion_groups(model):
         if group.window is not None:
             group.note(certain=False)  # the next forward sees the weights in full
         else:
@@ -158,7 +158,7 @@ def _gather_of(model: nn.Module) -> "Gather | None":
 
 
 def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
-    """Pack every quantized weight again from its master, one fusion group at a time.
+    """Pack every quantized weight again from its master, one fusion group at a time, as it is at the time of this call.
 
     What sync, save and export send. It never trusts the copy that training reads: where no change was noticed since
     that copy was made and the bytes differ all the same, training has computed with stale weights, and that is an
@@ -172,16 +172,25 @@ def pack_from_masters(model: nn.Module) -> Iterator[tuple[QuantizedTensor, Packe
 
     Raises:
         StaleWeightsError: names every weight that changed unnoticed. Raised before the first of them is yielded.
-        MismatchError: quantized modules were replaced or doubled since `apply_qat`.
+        MismatchError: quantized modules were replaced or doubled since `apply_qat`; while iterating, a weight that is
+            yet to come was written since this call.
     """
     plan = qat_plan(model)
     check_adapters(model)
     _check_coverage(plan, [weight.name for weight in packed_weights_of(model)])
-    groups = [(group, group.stale()) for group in _groups(model)]
-    for i, (group, noticed) in enumerate(groups):
+    return _packed(plan, [(group, group.stale(), group.written()) for group in fusion_groups(model)])
+
+
+def _packed(
+    plan: QuantPlan, groups: Sequence[tuple[FusionGroup, bool, list[Any]]]
+) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
+    """The groups packed anew; of each whether a change had been noticed, and what told of writes, at the beginning."""
+    for i, (group, noticed, written) in enumerate(groups):
         packed, stale = _pack_checked(group, noticed)
+        if group.written() != written:
+            raise MismatchError.while_read()
         if stale:
-            stale += [name for later in groups[i + 1 :] for name in _pack_checked(*later)[1]]
+            stale += [name for later, known, _ in groups[i + 1 :] for name in _pack_checked(later, known)[1]]
             raise StaleWeightsError.of(stale)
         for member, value, _ in packed:
             yield plan[member.name], value
@@ -212,11 +221,3 @@ def _pack_checked(group: FusionGroup, noticed: bool) -> tuple[list[Packing], lis
         return copies, []
     packed = group.pack()
     return packed, [] if noticed else [member.name for member, new, _ in packed if not member.agrees(new)]
-
-
-def _groups(model: nn.Module) -> Iterator[FusionGroup]:
-    seen: set[int] = set()
-    for weight in packed_weights_of(model):
-        if id(weight.group) not in seen:
-            seen.add(id(weight.group))
-            yield weight.group

@@ -14,6 +14,14 @@ class UserError(ValueError):
 class MismatchError(RuntimeError):
     """A check failed; the message lists every difference by name."""
 
+    @classmethod
+    def while_read(cls) -> "MismatchError":
+        """The error for weights that a step wrote while they were being streamed."""
+        return cls(
+            "the weights changed while packed_weights was being read: go on training when the stream is exhausted, or "
+            "the receiver gets a mixture of two steps"
+        )
+
 
 class StaleWeightsError(MismatchError):
     """Master weights changed without the packed copies that training used having been renewed."""

@@ -79,6 +79,10 @@ class FusionGroup:
         """Whether a member was written, not only handed out."""
         return any(m.seen is None or m.signature()[1:] != m.seen[1:] for m in self.members())
 
+    def written(self) -> list[Any]:
+        """Equal as long as no member is known to have been written."""
+        return [m.window_signature()[1] for m in self.members()]
+
     def note(self, certain: bool) -> None:
         """Record that every member was written, or that it may have been."""
         for member in self.members():

@@ -96,8 +96,11 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Optimizer post-step hook: what the optimizer owns has changed, unless it had no gradient.
+def around_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Hook before and after an optimizer's step: what it owns changes, unless it has no gradient.
+
+    Before as well, for who reads a weight before the hook after it has run: another hook, or anybody once a step has
+    raised with some of its weights written.
 
     An optimizer that keeps its gradients elsewhere (fp32 masters) still writes, so weights without a gradient are
     looked at again too, but not frozen ones.

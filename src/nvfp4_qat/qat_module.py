@@ -1,14 +1,15 @@
 """`QATModule`: what quantized modules have in common, and the hooks that tell their weights of writes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .adapters import guard
-from .parameter import after_optimizer_step
+from .fusion import FusionGroup
+from .parameter import around_optimizer_step
 from .state import PackedWeight
 
 
@@ -39,6 +40,12 @@ class QATModule(nn.Module):
                 return
         super().__setattr__(name, value)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for weight in self._qat_weights.values():
+            weight.moved()
+        return self
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._note(certain=True)
@@ -59,11 +66,17 @@ def packed_weights_of(model: nn.Module) -> Iterator[PackedWeight]:
             yield from module._qat_weights.values()
 
 
+def fusion_groups(model: nn.Module) -> list[FusionGroup]:
+    """The groups of a model's packed weights, in module order."""
+    return list(dict.fromkeys(weight.group for weight in packed_weights_of(model)))
+
+
 _hooks: list[Any] = []
 
 
 def _install_hooks() -> None:
     """Once a process, when its first quantized module is made or unpickled."""
     if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(after_optimizer_step))
+        _hooks.append(register_optimizer_step_pre_hook(around_optimizer_step))
+        _hooks.append(register_optimizer_step_post_hook(around_optimizer_step))
         _hooks.append(register_module_module_registration_hook(guard))

@@ -29,9 +29,10 @@ from .classify import classify_tensor, fusion_siblings
 from .config import QATConfig
 from .core import pack_from_masters, qat_plan
 from .entries import SkippedTensor
-from .errors import UserError
+from .errors import MismatchError, UserError
 from .model_tensors import ModelTensor, check_all_finite, check_finite, check_full, is_fully_sharded, model_tensors
 from .naming import canonical_name, join
+from .parameter import stepped
 from .plan import CheckpointSlice, QuantizedTensor, QuantPlan
 
 Layout = Literal["checkpoint", "fused"]
@@ -87,6 +88,7 @@ def packed_weights(
             quantized, before the first tensor).
         StaleWeightsError: while iterating; see `nvfp4_qat.core.pack_from_masters`. Of a sharded model every rank raises
             the same errors, before the first tensor.
+        MismatchError: while iterating: weights that are yet to come were written since the iteration began.
     """
     _check_layout(layout)
     try:
@@ -121,8 +123,11 @@ def _sharded_stream(
         gather.check_modules(model)
         packed = sharded.packed_from_gather(gather, rank)
     else:
-        packed = sharded.packed_from_shards(plan, tensors, rank)
+        packed = sharded.packed_from_shards(model, plan, tensors, rank)
+    written = {name: _written(entry) for name, entry in plain.items()}
     for name, tensor in sharded.whole_tensors(plain, rank):
+        if _written(plain[name]) != written[name]:
+            raise MismatchError.while_read()
         for part in output_slices(plan, name, layout):
             yield part.name, part.of(tensor).contiguous()
     for planned, value in packed:
@@ -132,12 +137,24 @@ def _sharded_stream(
 def _stream(
     model: nn.Module, plan: QuantPlan, tensors: dict[str, ModelTensor], layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
+    packed = pack_from_masters(model)
     plain = {name: entry for name, entry in tensors.items() if name not in plan}
+    written = {name: _written(entry) for name, entry in plain.items()}
     check_all_finite(plain)
     for name, entry in plain.items():
+        if _written(entry) != written[name]:
+            raise MismatchError.while_read()
         yield from _sliced(entry.stored(), output_slices(plan, name, layout))
-    for planned, packed in pack_from_masters(model):
-        yield from _parts(packed, output_slices(plan, planned.name, layout))
+    for planned, value in packed:
+        yield from _parts(value, output_slices(plan, planned.name, layout))
+
+
+def _written(entry: ModelTensor) -> tuple[int, int]:
+    """Equal as long as a parameter is not known to have been written; buffers may be while a model computes."""
+    tensor = entry.tensor
+    if not isinstance(tensor, nn.Parameter) or tensor.is_inference():
+        return 0, 0
+    return tensor._version, stepped(tensor)
 
 
 def _passed(name: str, tensor: Tensor, slices: Iterable[CheckpointSlice]) -> Iterator[tuple[str, Tensor]]:

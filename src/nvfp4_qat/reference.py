@@ -18,6 +18,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .format import BLOCK, E2M1_GRID, E2M1_MAX, E4M3_MAX, E4M3_MIN_NORMAL, GLOBAL_RANGE, MIN_EXPONENT
 
@@ -91,8 +92,11 @@ def dequantize(packed: Tensor, scale: Tensor, g: Tensor, dtype: torch.dtype = to
 
 @functools.cache
 def _value_pairs(device: torch.device) -> Tensor:
-    """The two E2M1 values of each of the 256 bytes, a pair of float32 in one int64: one lookup serves two codes."""
-    with torch.inference_mode(False):
+    """The two E2M1 values of each of the 256 bytes, a pair of float32 in one int64: one lookup serves two codes.
+
+    It is kept, so no mode that is on at the first call may make another kind of tensor of it.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
         values = [[SIGNED_GRID[byte & 15], SIGNED_GRID[byte >> 4]] for byte in range(256)]
         return torch.tensor(values, dtype=torch.float32, device=device).view(torch.int64).flatten()
 

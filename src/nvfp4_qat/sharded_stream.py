@@ -26,6 +26,7 @@ from .gather import Gather
 from .model_tensors import ModelTensor
 from .ops import PackedNVFP4
 from .plan import QuantizedTensor, QuantPlan
+from .qat_module import fusion_groups
 from .shard_packer import ShardPacker, reduce_max
 from .shards import Shard, Unit
 
@@ -121,10 +122,7 @@ def _undisturbed(gather: Gather, rank: int | None, version: int) -> Iterator[tup
     units = _units([unit.packed for unit in gather.units], gather.packer.g, gather.plan, rank)
     while True:
         if gather.stale or gather.version != version:
-            raise MismatchError(
-                "the weights changed while packed_weights was being read: go on training when the stream is exhausted, "
-                "or the receiver gets a mixture of two steps"
-            )
+            raise MismatchError.while_read()
         found = next(units, None)
         if found is None:
             return
@@ -132,9 +130,15 @@ def _undisturbed(gather: Gather, rank: int | None, version: int) -> Iterator[tup
 
 
 def packed_from_shards(
-    plan: QuantPlan, tensors: dict[str, ModelTensor], rank: int | None
+    model: nn.Module, plan: QuantPlan, tensors: dict[str, ModelTensor], rank: int | None
 ) -> Iterator[tuple[QuantizedTensor, PackedNVFP4]]:
-    """The packed weights of a sharded model in module mode: packed here, gathered one fusion group at a time."""
+    """The packed weights of a sharded model in module mode: packed here, gathered one fusion group at a time.
+
+    Raises:
+        StaleWeightsError: names the weights that training computes with old global scales of, on every rank. A change
+            that was not noticed and left the scale as it was did no harm: training rounds what FSDP gathers.
+    """
+    groups = [(group, group.stale()) for group in fusion_groups(model)]
     units = []
     for members in plan.groups().values():
         for entry in members:
@@ -143,6 +147,15 @@ def packed_from_shards(
             units.append(Unit([_shard(entry, master)], device))
     packer = ShardPacker(units, plan.config.global_scale)
     packer.pack(units)
+    scales = {s.name: packer.g[s.first : s.first + s.items] for unit in units for s in unit.shards}
+    wrong = [
+        not was_stale and not all(m.scaled_by(scales[m.name]) for m in group.members()) for group, was_stale in groups
+    ]
+    meshes = {s.mesh: None for unit in units for s in unit.shards if s.mesh is not None}
+    found = reduce_max(torch.tensor(wrong, dtype=torch.int32, device=units[0].device), meshes).tolist()
+    if any(found):
+        unnoticed = [group for (group, _), is_wrong in zip(groups, found, strict=True) if is_wrong]
+        raise StaleWeightsError.of([m.name for group in unnoticed for m in group.members()])
     return _units(units, packer.g, plan, rank)
 
 

@@ -10,7 +10,7 @@ What tells that a weight changed. No single signal sees everything (measured on 
 write                              what moves             therefore
 =================================  =====================  ==============================================================
 SGD, AdamW (for-loop, foreach)     ``_version``           compared at each read
-``fused=True`` optimizers          nothing                a hook after every `torch.optim` step notes its parameters
+``fused=True`` optimizers          nothing                hooks around every `torch.optim` step note its parameters
 ``p.data = x``, ``p.data.mul_()``  nothing                `QATParameter` notes accesses to ``data``
 ``load_state_dict``                ``_version``           noted as well, by the module's own loading
 ``load_state_dict(assign=True)``   the object             compared at each read
@@ -34,7 +34,7 @@ Weights that FSDP shards have no packed copy, but a global scale that must be fr
 =================================  =====================  ==============================================================
 write                              what moves             therefore
 =================================  =====================  ==============================================================
-any `torch.optim` step             nothing reliable       a hook after every step renews the scale of what is not frozen
+any `torch.optim` step             nothing reliable       hooks around every step renew the scale of what is not frozen
 ``load_state_dict``, also sharded  nothing reliable       noted, by the module's own loading
 ``state_dict()``'s aliases         nothing                noted as a possible write
 in-place operations on what the    its ``_version``       compared at each read
@@ -149,6 +149,12 @@ class PackedWeight:
                 self.shape = value.shape
         self.shard.assigned(module, value)
 
+    def moved(self) -> None:
+        """The module was moved or cast: let go of what is kept on a device where its weight no longer is."""
+        if self.shard is None and self.value is not None and self.value.packed.device != self.master().device:
+            self.value = self.seen = self._reader = None
+            self.group.family.forget()
+
     def note(self, certain: bool) -> None:
         """Record that the weight was written, or that it may have been."""
         if self.shard is not None:
@@ -219,10 +225,14 @@ class PackedWeight:
 
     def agrees(self, new: ops.PackedNVFP4) -> bool:
         """Whether training uses what ``new`` holds, or has used nothing yet."""
-        if self.group.window is None:
-            return self.holds(new)
-        g = self.group.window.g
-        return g is None or torch.equal(g.to(new.global_scale.device), new.global_scale)
+        return self.holds(new) if self.group.window is None else self.scaled_by(new.global_scale)
+
+    def scaled_by(self, g: Tensor) -> bool:
+        """Whether training uses these global scales, or has used none yet."""
+        kept = self.group.window
+        unsharded = self.value.global_scale if self.value is not None else None
+        used = kept.g if kept is not None else unsharded
+        return used is None or torch.equal(used.reshape(-1).to(g.device), g.reshape(-1))
 
     def has_room_for(self, new: Tensor | ops.PackedNVFP4) -> bool:
         """Whether a copy is kept and its storages can take that of ``new``."""
@@ -341,7 +351,8 @@ class PackedWeight:
             out = torch.empty(value.shape, dtype=dtype, device=value.packed.device)
         if reader is None or reader[0] is not value:
             packed, scale, g = value.tensors()
-            self._reader = reader = value, ops.Dequantize(packed, scale.view(torch.uint8), g)
+            with _disable_current_modes():  # it is kept, so no fake tensor may get into it
+                self._reader = reader = value, ops.Dequantize(packed, scale.view(torch.uint8), g)
         reader[1](out)
         return out
 
