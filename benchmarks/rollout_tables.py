@@ -42,8 +42,8 @@ def rollout(rows: Sequence[Row]) -> Section | None:
         "`Rollout.sync` from a trainer to a vLLM on the same GPU: seconds from the call until the engine may generate. "
         "The trainer packs its weights meanwhile; beside it stand what a sync takes of weights that were packed "
         "before, and what packing takes alone. vLLM's own reload takes the same tensors in the same process (experts "
-        "from the CPU: from the GPU one reload of Qwen3-30B-A3B had not ended after four minutes). Extra "
-        "memory is what was allocated at the peak of a sync, by the trainer in the same process too."
+        "from the CPU: from the GPU one reload of Qwen3-30B-A3B had not ended after four minutes, tried once, without "
+        "a row). Extra memory is what was allocated at the peak of a sync, by the trainer in the same process too."
     )
     return Section("New weights for an engine", text, markdown(head, lines))
 

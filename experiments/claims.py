@@ -40,13 +40,13 @@ Answer = tuple[str, str]
 
 def claims(dense: Results, moe: Results, smollm2: Results) -> Section:
     """The table; it is there without rows too."""
-    table = [
-        [claim, MODELS[results.name], *answer]
-        for claim, experiments in _CLAIMS.items()
-        for results in (dense, moe, smollm2)
-        if results.name in experiments
-        for answer in _answers(claim, results)
-    ]
+    table = []
+    for claim, experiments in _CLAIMS.items():
+        asked = [results for results in (dense, moe, smollm2) if results.name in experiments]
+        found = [(MODELS[results.name], answer) for results in asked for answer in _answers(claim, results)]
+        table += [[claim, model, *answer] for model, answer in found if answer != NOT_RUN]
+        if missing := [model for model, answer in found if answer == NOT_RUN]:
+            table.append([claim, ", ".join(missing), *NOT_RUN])
     text = (
         "In brackets: 95 % intervals, explained above. Bounds and margins were fixed before these runs were made. "
         f"Kernels: yes if the bound is at most {KERNELS_AT_MOST}, no if the interval is above it. Factor: yes if the "
@@ -150,11 +150,14 @@ def _reward(qat: BySeed, bf16: BySeed) -> Answer:
 
 def _offline(results: Results) -> Iterator[Answer]:
     base = results.answers("bf16", "bf16")
-    others = {name: results.answers(name, "bf16") for name in PLAIN if name != "bf16"}
-    others = {name: own for name, own in others.items() if shared(own, base)}
-    if not others:
+    others = {name: results.answers(name, "bf16") for name in PLAIN if name != "bf16" and name in results.names()}
+    if not any(shared(own, base) for own in others.values()):
         yield NOT_RUN
+        return
     for name, own in others.items():
+        if not shared(own, base):
+            yield f"{ARM_LABELS[name]} not evaluated", "–"
+            continue
         apart = difference_of_problems(own, base)
         text = f"{ARM_LABELS[name]} {with_interval(apart, signed_points)} points"
         text += seeds(differences(own, base), signed_points)

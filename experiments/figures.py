@@ -34,9 +34,10 @@ README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- headline: written by experiments/figures.py -->", "<!-- headline end -->"
 
 BELOW = (
-    "Trainer on a GPU, rollouts by vLLM with CUDA graphs. In brackets: 95 % intervals; what they are, and the rest, is "
-    "in [experiments](docs/experiments.md)."
+    "Trainer on a GPU, rollouts by vLLM with CUDA graphs. Truncated importance sampling is on in every arm and "
+    "corrects part of the mismatch."
 )
+BRACKETS = "In brackets: 95 % intervals."
 
 PANELS = (
     ("rollout_corr/k3_kl", "k3 KL between rollout and trainer", True),
@@ -121,7 +122,8 @@ def with_headline(readme: str, folder: Path = RESULTS) -> str:
         folder: where the experiments' rows are.
     """
     table = headline([Results(name, folder) for name in MODELS])
-    shown = f"{table}\n\n{BELOW}\n" if table else ""
+    intervals = f"{BRACKETS} " if "(" in table else ""
+    shown = f"{table}\n\n{BELOW} {intervals}The rest is in [experiments](docs/experiments.md).\n" if table else ""
     return between(readme, BEGIN, END, f"\n{shown}")
 
 

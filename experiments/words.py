@@ -92,7 +92,7 @@ def _signed(text: str) -> str:
 def blocks(estimate: Estimate) -> str:
     """``blocks of 20 steps``: what was drawn for a curve's interval, or that there is none."""
     if not estimate.has_interval:
-        return f"no interval: fewer than {LEAST_STEPS} steps"
+        return f"no interval: it rests on fewer than {LEAST_STEPS} steps"
     return f"blocks of {_list(map(str, estimate.blocks))} steps"
 
 

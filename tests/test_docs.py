@@ -76,12 +76,13 @@ def commands(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def one_process_group() -> dict[str, str]:
-    """What torchrun would set for a single process."""
+def process_group(world: int) -> list[dict[str, str]]:
+    """What torchrun would set for each process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def test_every_block_names_its_language():
@@ -99,16 +100,26 @@ def test_python_blocks_run(page, tmp_path):
             compile(block.code, str(block), "exec")
         else:
             runnable.append([str(page), block.line, block.code])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(runnable),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, **one_process_group()},
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "blocks").write_text(json.dumps(runnable), encoding="utf-8")
+    processes = []
+    for ranks in process_group(2 if page.name == "distributed.md" else 1):
+        with (tmp_path / "blocks").open() as blocks, (tmp_path / f"said-{ranks['RANK']}").open("w") as said:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", RUNNER],
+                    stdin=blocks,
+                    stdout=said,
+                    stderr=said,
+                    cwd=tmp_path,
+                    env={**os.environ, **ranks},
+                )
+            )
+    try:
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * len(codes), "\n".join(path.read_text() for path in sorted(tmp_path.glob("said-*")))
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=str)

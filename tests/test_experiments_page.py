@@ -124,6 +124,11 @@ def test_claims_are_answered(tmp_path):
     assert re.fullmatch(r"\S+ \(.*\); seeds \S+, \S+; blocks of 6 steps", reward) and answers[claims.REWARD] == "yes"
     offline = {arm: held for (claim, arm), (_, held) in found.items() if claim == claims.OFFLINE}
     assert offline == {"no": "no", "QAT": "yes"}  # "no QAT" is 30 points below
+    # An arm that was not evaluated is told, and is no yes.
+    write(tmp_path / "dense/measured.jsonl", [row for row in rows if row["run"].startswith(("bf16-s", "noqat-s"))])
+    made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
+    offline = [row[2:] for row in cells(made.table) if row[0] == claims.OFFLINE]
+    assert offline[1:] == [("QAT not evaluated", "–"), ("not run", "–")] and offline[0][1] == "no"
 
 
 def test_the_whole_interval_decides():
@@ -313,7 +318,7 @@ def test_short_curves_are_given_no_interval():
     short, long = ({0: np.arange(1.0, steps + 1)} for steps in (39, 40))
     found = ratio_of_runs(short, short)
     assert found.value == 1.0 and not found.has_interval and words.with_interval(found, words.times) == "1.00"
-    assert words.blocks(found) == "no interval: fewer than 40 steps"
+    assert words.blocks(found) == "no interval: it rests on fewer than 40 steps"
     assert words.blocks(ratio_of_runs(long, long)) == "blocks of 5 steps"
 
 

@@ -25,7 +25,8 @@ FLIPPED_CODES = "flips/codes"
 
 ARMS = {
     "bf16": "Trained in bf16, sampled in bf16. Nothing is quantized. The KL that is left comes from two programs that "
-    "compute with the same weights in different ways; no method can be expected to go below it.",
+    "compute with the same weights in different ways: the floor. A ratio a little below 1 is chance, as the arms' "
+    "policies drift apart.",
     "noqat": "Trained in bf16, sampled from NVFP4 weights. The sampler rounds to 4 bits and the trainer does not know.",
     "qat": "NVFP4 on both sides: the trainer's forward uses the values of the very bytes it sends to the sampler, and "
     "the gradient goes straight through to the master weights.",
