@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import check_adapters
+from .adapters import check_adapters, check_methods
 from .batch import Family
 from .config import QATConfig
 from .errors import MismatchError, StaleWeightsError, UserError
@@ -70,6 +70,7 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None, ke
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for entry in plan.quantized:
         _check_module(entry, modules[entry.module])
+    check_methods(model, (modules[entry.module] for entry in plan.quantized))
     if gather is not None:
         from .attach import attach  # needs torch.distributed
 
