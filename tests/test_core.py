@@ -167,3 +167,15 @@ def test_a_model_that_reads_weights_computes_with_what_is_exported():
             reference.get_parameter(name).copy_(value.dequantize(torch.float32))
         ids = torch.arange(10).view(2, 5)
         assert torch.equal(model(ids, use_cache=False).logits, reference(ids, use_cache=False).logits)
+
+
+def test_on_meta_linear_layers_give_shapes():
+    with torch.device("meta"):
+        model, x = stack(bias=True), torch.randn(2, 32, requires_grad=True)
+        nq.apply_qat(model, ON)
+        y = model(x)
+        y.sum().backward()
+    assert y.is_meta and y.shape == (2, 8) and x.grad.shape == x.shape
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+    with pytest.raises(RuntimeError):
+        model.blocks[0].gate_proj(torch.randn(2, 16, device="meta"))

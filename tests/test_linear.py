@@ -446,15 +446,3 @@ def test_default_dtype_and_device_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got, expected)
-
-
-def test_on_meta_it_gives_shapes_as_nn_linear():
-    with torch.device("meta"):
-        model, x = stack(bias=True), torch.randn(2, 32, requires_grad=True)
-        nq.apply_qat(model, ON)
-        y = model(x)
-        y.sum().backward()
-    assert y.is_meta and y.shape == (2, 8) and x.grad.shape == x.shape
-    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
-    with pytest.raises(RuntimeError):
-        model.blocks[0].gate_proj(torch.randn(2, 16, device="meta"))
