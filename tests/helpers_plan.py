@@ -37,6 +37,9 @@ DELTA_NET = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
+MAMBA = {"intermediate_size": 48, "num_key_value_heads": 1, "mamba_expand": 2}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+MAMBA_ALONE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "expand": 2}
 
 
 def config(architecture: str, **overrides: object) -> tf.PretrainedConfig:
@@ -76,6 +79,24 @@ def config(architecture: str, **overrides: object) -> tf.PretrainedConfig:
         ),  # fmt: skip
         "granitemoe": lambda: tf.GraniteMoeConfig(
             **SIZES, num_key_value_heads=1, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2
+        ),
+        "jamba": lambda: tf.JambaConfig(**SIZES | MAMBA, mamba_dt_rank=16, num_experts=2, num_experts_per_tok=1),
+        "mamba": lambda: tf.MambaConfig(**MAMBA_ALONE, time_step_rank=16),
+        "falcon_mamba": lambda: tf.FalconMambaConfig(**MAMBA_ALONE, time_step_rank=16),
+        "mamba2": lambda: tf.Mamba2Config(**MAMBA_ALONE, num_heads=4, head_dim=16, n_groups=1),
+        "bamba": lambda: tf.BambaConfig(**SIZES | MAMBA | MAMBA2, attn_layer_indices=[1]),
+        "falcon_h1": lambda: tf.FalconH1Config(**SIZES | MAMBA | MAMBA2, mamba_d_ssm=64),
+        "granitemoehybrid": lambda: tf.GraniteMoeHybridConfig(
+            **SIZES | MAMBA | MAMBA2, layer_types=["mamba", "attention"], num_local_experts=0,
+            shared_intermediate_size=48,
+        ),
+        "nemotron_h": lambda: tf.NemotronHConfig(
+            **SIZES | HEADS, intermediate_size=48, hybrid_override_pattern="M*", mamba_num_heads=4, mamba_head_dim=16,
+            n_groups=1,
+        ),
+        "zamba2": lambda: tf.Zamba2Config(
+            **SIZES, intermediate_size=48, num_key_value_heads=2, n_mamba_heads=4, mamba_ngroups=1,
+            layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, attention_head_dim=32,
         ),
         "gpt2": lambda: tf.GPT2Config(vocab_size=64, n_embd=32, n_head=2, n_layer=1, n_positions=64),
     }  # fmt: skip

@@ -14,6 +14,7 @@ import transformers as tf
 from helpers_checkpoint import logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_models import qwen3
 
 import nvfp4_qat as nq
 from nvfp4_qat import checkpoint as checkpoint_module
@@ -155,6 +156,15 @@ def test_a_bad_weight_leaves_nothing(tmp_path):
             broken.get_parameter(name)[3, 3] = float("nan")
         with pytest.raises(nq.UserError, match=f"{name} holds NaN or Inf"):
             save_checkpoint(broken, tmp_path / "out")
+    assert entries(tmp_path) == set()
+
+
+def test_a_complex_buffer_is_refused_by_name(tmp_path):
+    model = qwen3()
+    model.model.register_buffer("freqs", torch.ones(4, dtype=torch.complex64))
+    nq.apply_qat(model, helpers_checkpoint.ON)
+    with pytest.raises(nq.UserError, match=r"model\.freqs \(torch\.complex64\).*persistent=False"):
+        save_checkpoint(model, tmp_path / "a" / "out")
     assert entries(tmp_path) == set()
 
 

@@ -1,5 +1,8 @@
 """`apply_qat` as a whole: what it refuses, that a refusal changes nothing, and real architectures end to end."""
 
+import copy
+
+import helpers_plan
 import pytest
 import torch
 from small_models import qwen3, qwen3_moe, stack
@@ -52,6 +55,18 @@ def test_a_bad_pattern_leaves_the_model_as_it_was(patterns, message):
     with pytest.raises(nq.UserError, match=message):
         nq.apply_qat(model, nq.QATConfig(enable=True, ignore_patterns=patterns))
     assert classes(model) == before
+
+
+@pytest.mark.parametrize("gather", [None, "nvfp4"])
+@pytest.mark.parametrize("part", ["", "blocks.1.up_proj", "lm_head"])
+def test_fp16_is_refused_quantized_or_not(part, gather):
+    model = stack()
+    model.get_submodule(part).half()
+    before = classes(model)
+    with pytest.raises(nq.UserError, match=rf"in fp16 \({part or 'blocks.0.gate_proj'}.weight.*in bf16 or fp32"):
+        nq.apply_qat(model, ON, gather=gather)
+    assert classes(model) == before
+    nq.apply_qat(model.bfloat16(), ON, gather=gather)
 
 
 def test_odd_k_stays_bf16_with_its_reason():
@@ -135,3 +150,32 @@ def test_layers_without_elements_stay_as_they_are():
         model = nn.ModuleDict({"a": nn.Linear(0, 16), "b": nn.Linear(16, 0), "c": nn.Linear(16, 16)})
     plan = nq.apply_qat(model, ON)
     assert [e.module for e in plan.quantized] == ["c"]
+
+
+def test_a_model_that_reads_weights_computes_with_what_is_exported():
+    model = helpers_plan.model("jamba", "cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "_proj" in name:
+                p.normal_()
+    reference = copy.deepcopy(model)
+    nq.apply_qat(model, ON)
+    packed = {entry.name: value for entry, value in pack_from_masters(model)}
+    assert any("mamba" in name for name in packed)
+    with torch.no_grad():
+        for name, value in packed.items():
+            reference.get_parameter(name).copy_(value.dequantize(torch.float32))
+        ids = torch.arange(10).view(2, 5)
+        assert torch.equal(model(ids, use_cache=False).logits, reference(ids, use_cache=False).logits)
+
+
+def test_on_meta_linear_layers_give_shapes():
+    with torch.device("meta"):
+        model, x = stack(bias=True), torch.randn(2, 32, requires_grad=True)
+        nq.apply_qat(model, ON)
+        y = model(x)
+        y.sum().backward()
+    assert y.is_meta and y.shape == (2, 8) and x.grad.shape == x.shape
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+    with pytest.raises(RuntimeError):
+        model.blocks[0].gate_proj(torch.randn(2, 16, device="meta"))

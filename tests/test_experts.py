@@ -206,3 +206,13 @@ def test_the_output_may_be_changed_in_place():
     out += 1.0
     out.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_on_meta_they_give_shapes(implementation):
+    with torch.device("meta"):
+        experts = qwen3_moe(implementation=implementation, dtype=torch.bfloat16).model.layers[0].mlp.experts
+        nq.apply_qat(torch.nn.ModuleDict({"experts": experts}), ON)
+        x = torch.randn(9, 32, dtype=torch.bfloat16)
+        out = experts(x, torch.randint(0, 4, (9, 2)), torch.rand(9, 2, dtype=torch.bfloat16))
+    assert isinstance(experts, nq.QATExperts) and out.is_meta and out.shape == x.shape

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from small_models import qwen3, qwen3_moe
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import nvfp4_qat as nq
 
@@ -80,6 +82,31 @@ def test_merging_is_refused_and_changes_nothing(order, how):
     wrapped(IDS)
 
 
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["adapters first", "qat first"])
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_in_gather_mode(order, how, mesh):
+    model = qwen3()
+    wrapped = lora(model) if order == "adapters first" else model
+    nq.apply_qat(wrapped, ON, gather="nvfp4")
+    wrapped = lora(model) if order == "qat first" else wrapped
+    for sharded in (False, True):
+        if sharded:
+            for unit in (*model.model.layers, model):
+                fully_shard(unit, mesh=mesh)
+        before = {name: value.clone() for name, value in wrapped.state_dict().items()}
+        with pytest.raises(nq.UserError, match="merging an adapter into 4-bit weights is refused"):
+            getattr(wrapped, how)()
+        after = wrapped.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before) and after.keys() == before.keys()
+
+
 def test_saved_adapters_load_onto_a_quantized_base(tmp_path):
     wrapped = lora(qwen3())
     nq.apply_qat(wrapped, ON)
@@ -98,18 +125,23 @@ def test_experts_with_adapters_on_attention():
     assert all(p.grad is not None for p in adapters(wrapped).values())
 
 
+@pytest.mark.parametrize("gather", [None, "nvfp4"])
 @pytest.mark.parametrize("order", ["adapters first", "qat first"])
-def test_dora_is_refused_because_it_reads_the_weight(order):
+def test_dora_is_refused_because_it_reads_the_weight(order, gather):
     model = qwen3()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
     if order == "qat first":
-        nq.apply_qat(model, ON)
+        nq.apply_qat(model, ON, gather=gather)
         with pytest.raises(nq.UserError, match="DoRA"):
             peft.get_peft_model(model, config)
     else:
         wrapped = peft.get_peft_model(model, config)
+        before = {name: (type(module), module.__dict__.keys()) for name, module in wrapped.named_modules()}
         with pytest.raises(nq.UserError, match="DoRA"):
-            nq.apply_qat(wrapped, ON)
+            nq.apply_qat(wrapped, ON, gather=gather)
+        assert {name: (type(m), m.__dict__.keys()) for name, m in wrapped.named_modules()} == before
+        assert {type(p) for p in wrapped.parameters()} == {torch.nn.Parameter}
+        nq.apply_qat(wrapped, nq.QATConfig(enable=True, ignore_patterns=(*ON.ignore_patterns, "self_attn")), gather)
 
 
 def test_unknown_adapter_methods_are_refused():

@@ -1,6 +1,7 @@
 """QuantPlan on real architectures: what is 4-bit, in which fusion group, what is not and why; the object itself."""
 
 import copy
+import inspect
 import pickle
 import re
 import subprocess
@@ -174,6 +175,24 @@ def test_unsupported_modules_are_skipped_with_their_reason():
     assert "kept" in plan.checkpoint_slices and "scale" in plan.checkpoint_slices
     assert "not_kept" not in plan.checkpoint_slices
     assert all(slices == (CheckpointSlice(name),) for name, slices in plan.checkpoint_slices.items())
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ("jamba", "mamba", "falcon_mamba", "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"),
+)
+def test_layers_whose_weight_the_model_reads_stay_in_bf16(architecture):
+    bare = model(architecture)
+    plan = QuantPlan.from_model(bare, QATConfig())
+    reasons = {entry.module: entry.reason for entry in plan.skipped}
+    read = set()
+    for name, module in bare.named_modules():
+        if re.search("mamba|Mamba|FalconH1Mixer|BambaMixer", type(module).__name__) and hasattr(module, "in_proj"):
+            assert f"{name}.in_proj.weight" in plan
+            found = re.findall(r"self\.(\w+)\.weight\b(?!\.d)", inspect.getsource(type(module)))
+            read |= {f"{name}.{leaf}" for leaf in found if isinstance(module._modules[leaf], nn.Linear)}
+    assert read and all("reads its weight directly" in reasons.get(name, "") for name in read), read - reasons.keys()
+    assert set(plan.ignore_list()) >= read
 
 
 def test_odd_k_excludes_the_whole_group_and_all_experts():

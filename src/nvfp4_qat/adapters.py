@@ -8,9 +8,11 @@ Which methods are safe was measured: the layer's output equals that of the same 
 bit (peft 0.21).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .errors import UserError
 
@@ -20,18 +22,44 @@ SAFE_METHODS = frozenset(
 )
 
 
+_GATHERED = "_nvfp4_gathered"
+
+
+def mark_gathered(module: nn.Module) -> None:
+    """Note on a module that its weight is gathered in 4 bits: nothing else about the module says so."""
+    module.__dict__[_GATHERED] = True
+    if not _hooks:
+        _hooks.append(register_module_module_registration_hook(guard))
+
+
+def _is_quantized(module: nn.Module | None) -> bool:
+    return module is not None and (hasattr(module, "_qat_weights") or _GATHERED in module.__dict__)
+
+
 def guard(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Module registration hook: check an adapter layer that wraps a quantized one and take away its ability to merge.
 
     Raises:
         UserError: the adapter's method computes with the base weight itself.
     """
-    if name == "base_layer" and hasattr(child, "_qat_weights"):
+    if name == "base_layer" and _is_quantized(child):
         if hasattr(parent, "merge"):
             parent.merge = _merging_refused  # type: ignore[assignment]
         _check_method(parent)
     elif name == "base_model" and isinstance(child, nn.Module):
         check_adapters(child)  # a PEFT model is complete now
+
+
+def check_methods(model: nn.Module, planned: Iterable[nn.Module]) -> None:
+    """Check the adapter layers around modules that are about to be quantized; changes nothing.
+
+    Raises:
+        UserError: see `guard`.
+    """
+    bases = {id(module) for module in planned}
+    for module in model.modules():
+        if id(module._modules.get("base_layer")) in bases:
+            _check_method(module)
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -67,3 +95,6 @@ def _merging_refused(*_: Any, **__: Any) -> None:
         "merging an adapter into 4-bit weights is refused: Q(W + BA) differs from Q(W) + BA, which training used. "
         "Serve the adapter beside the packed base, or load the bf16 base without apply_qat and merge there."
     )
+
+
+_hooks: list[Any] = []

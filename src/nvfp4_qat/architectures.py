@@ -12,8 +12,10 @@ with training:
 A table serves every architecture: a fusion group is formed of those siblings that exist under one parent. Sharing a
 scale where an engine does not fuse costs next to nothing; not sharing where it does is silently wrong.
 
+And they keep in bf16 what cannot be trained in 4 bits, because transformers does not call the layer.
+
 Sources: vLLM 0.24.0 `model_executor/models/*.py`, `layers/quantization/compressed_tensors/`; transformers 5.23
-`integrations/moe.py`.
+`integrations/moe.py` and the Mamba mixers of `models/*/modeling_*.py`.
 """
 
 from __future__ import annotations
@@ -44,6 +46,16 @@ ENGINE_BF16 = {
     "indexer.wk": "engines fuse it with weights_proj and keep both in bf16",
     "indexer.weights_proj": "engines fuse it with wk and keep both in bf16",
 }
+
+# Linear layers of Mamba whose weight the model reads instead of calling them, on some path (a fused CUDA kernel) or on
+# all. It would compute with the master then, and an engine with the 4-bit weight.
+READ_DIRECTLY = (
+    "mamba.dt_proj",  # Jamba
+    "mamba.out_proj",  # Bamba, Falcon-H1, GraniteMoeHybrid, Zamba2
+    "mixer.dt_proj",  # Mamba, FalconMamba, and the next two
+    "mixer.x_proj",
+    "mixer.out_proj",  # Mamba2, Nemotron-H, too
+)
 
 ROUTER_LEAVES = ("gate", "router")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -158,7 +170,7 @@ def classify_module(module: nn.Module, name: str, router: bool) -> tuple[str, st
     if "expert" in f"{kind}.{leaf}".lower() and any(p is not None and p.ndim == 3 for p in module._parameters.values()):
         return "experts", experts_reason(module)
     if is_linear(module):
-        return "linear", engine_bf16_reason(name)
+        return "linear", bf16_reason(name)
     if isinstance(module, nn.Linear):
         return "linear", f"nn.Linear subclass {kind} is not supported"
     if kind == "Conv1D":
@@ -166,11 +178,13 @@ def classify_module(module: nn.Module, name: str, router: bool) -> tuple[str, st
     return "other", f"{kind} is not nn.Linear"
 
 
-def engine_bf16_reason(name: str) -> str | None:
-    """Return why an engine keeps the linear layer of this name in bf16, or None."""
+def bf16_reason(name: str) -> str | None:
+    """Return why the linear layer of this name stays in bf16, or None: an engine or the model itself wants it so."""
     for suffix, reason in ENGINE_BF16.items():
         if f".{name}".endswith(f".{suffix}"):
             return reason
+    if f".{name}".endswith(tuple(f".{suffix}" for suffix in READ_DIRECTLY)):
+        return "the model reads its weight directly instead of calling the layer"
     return None
 
 

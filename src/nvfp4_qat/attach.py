@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .adapters import mark_gathered
 from .fsdp import ShardedMaster, plain_tensor
 from .gather import Gather, GatherWeight
 from .naming import canonical_name
@@ -36,6 +37,7 @@ def attach(model: nn.Module, plan: QuantPlan, keep: bool = False) -> Gather:
         assert old is not None
         replaced[id(old)] = _wrap(old, weight)
         _register_hooks(module, weight)
+        mark_gathered(module)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in replaced:  # wherever it is tied to

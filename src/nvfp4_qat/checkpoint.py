@@ -25,7 +25,7 @@ from .model_tensors import is_fully_sharded, model_tensors
 from .ops import PackedNVFP4
 from .plan import QuantPlan
 from .quantizer import packed_names, packed_weights
-from .safetensors_io import ShardWriter, TensorSpec
+from .safetensors_io import ShardWriter, TensorSpec, check_storable
 from .stored_checkpoint import StoredCheckpoint, build_model, expected_tensors, open_checkpoint, write_record
 from .verify import verify_checkpoint
 
@@ -52,7 +52,8 @@ def save_checkpoint(
 
     Raises:
         UserError: `apply_qat` was not called; the model is not a transformers model, or sharded by FSDP1; NaN or Inf in
-            a weight; the directory is not empty; the disk is full or cannot be written to. Nothing is left behind.
+            a weight; a tensor of a dtype that is not written (complex); the directory is not empty; the disk is full or
+            cannot be written to. Nothing is left behind.
         StaleWeightsError: training has used old packed copies; see `nvfp4_qat.core.pack_from_masters`.
     """
     plan = qat_plan(model)
@@ -60,6 +61,7 @@ def save_checkpoint(
     if bare is None:
         raise UserError(f"a checkpoint needs a transformers model with its config, not {type(model).__name__}")
     specs = list(expected_tensors(model, plan))
+    check_storable(specs)
 
     def write(weights: Iterator[tuple[str, Tensor]]) -> None:
         _write(Path(path), bare, plan, specs, weights, tokenizer, shard_bytes)

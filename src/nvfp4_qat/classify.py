@@ -15,7 +15,7 @@ from .architectures import (
     FUSED_LAYERS,
     LINEAR_LEAVES,
     ROUTER_LEAVES,
-    engine_bf16_reason,
+    bf16_reason,
     fused_layer,
     odd_k,
 )
@@ -72,7 +72,7 @@ def classify_tensor(name: str, shape: tuple[int, ...], config: QATConfig) -> Qua
         return skipped("convolution", "convolution")
     if leaf in ROUTER_LEAVES:
         return skipped("router", "router")
-    bf16 = engine_bf16_reason(module)
+    bf16 = bf16_reason(module)
     if bf16 is not None:
         return skipped(bf16, "linear")
     pattern = _pattern_hit(module, leaf, [Pattern(text) for text in config.ignore_patterns])

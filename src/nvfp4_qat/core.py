@@ -11,9 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .adapters import check_adapters
+from .adapters import check_adapters, check_methods
 from .batch import Family
 from .config import QATConfig
 from .errors import MismatchError, StaleWeightsError, UserError
@@ -52,8 +53,8 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None, ke
         The plan: every 4-bit tensor with its fusion group, every other one with the reason.
 
     Raises:
-        UserError: QAT was applied already, the config does not fit the model, or nothing is left to quantize. The model
-            is unchanged then.
+        UserError: QAT was applied already, the config does not fit the model, parameters are in fp16, an adapter
+            computes with a weight that would be 4-bit, or nothing is left to quantize. The model is unchanged then.
     """
     if gather not in (None, "nvfp4"):
         raise UserError(f'unknown gather={gather!r}: use "nvfp4" (FSDP2 gathers packed weights) or leave it out')
@@ -70,6 +71,8 @@ def apply_qat(model: nn.Module, config: QATConfig, gather: str | None = None, ke
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for entry in plan.quantized:
         _check_module(entry, modules[entry.module])
+    _check_dtypes(model)
+    check_methods(model, (modules[entry.module] for entry in plan.quantized))
     if gather is not None:
         from .attach import attach  # needs torch.distributed
 
@@ -115,6 +118,17 @@ def _check_module(entry: QuantizedTensor, module: nn.Module) -> None:
             "parallelism are not supported yet: they may split the dimension along which blocks of 16 share a scale."
         )
     check_adoptable(parameter, entry.name)
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    """Raise `UserError` for fp16 parameters: engines and checkpoints hold bf16, which would round them."""
+    names = [canonical_name(name) for name, p in model.named_parameters() if p.dtype == torch.float16]
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise UserError(
+            f"{len(names)} parameters are in fp16 ({some}); checkpoints and engines hold bf16, which would round what "
+            "is not quantized. Load the model in bf16 or fp32."
+        )
 
 
 def _no_fast_path(*_: object) -> None:

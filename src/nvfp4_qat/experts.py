@@ -85,6 +85,9 @@ class QATExperts(QATModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the module's own forward, with dequantized weights."""
         device = hidden_states.device.type
+        if device == "meta":  # which has no autocast, and shapes only
+            on_meta: Tensor = self._qat_original.forward(self, hidden_states, *args, **kwargs)
+            return on_meta
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shown: dict[str, Tensor] = {}
         kept: list[tuple[PackedWeight, Tensor, int]] = []

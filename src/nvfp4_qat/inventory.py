@@ -7,7 +7,7 @@ adapter method such as LoRA added is recognised by where it hangs: beside the la
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Inventory:
             without adapters.
         parameters: number of elements of all stored parameters.
         head: canonical name of the module that makes the logits, if transformers knows one.
+        broken_ties: pairs of parameters, one to be stored for both by the model's config, that are two and hold data.
     """
 
     model: nn.Module
@@ -61,6 +62,20 @@ class Inventory:
     tensors: dict[str, tuple[int, ...]]
     parameters: int
     head: str | None
+    broken_ties: tuple[tuple[str, str], ...] = ()
+
+    def tie_problem(self) -> str | None:
+        """Say which ties are broken and how to mend them; None if all hold."""
+        if not self.broken_ties:
+            return None
+        pairs = "; ".join(f"{name} and {source}" for name, source in self.broken_ties[:3])
+        more = "; …" if len(self.broken_ties) > 3 else ""
+        return (
+            f"the model's config ties parameters that are two by now ({pairs}{more}): checkpoints and engines have one "
+            "for both, so what training makes of the other would be lost. Call model.tie_weights() (after to_empty, "
+            "before fully_shard, which must have both in one unit), or set tie_word_embeddings=False in the model's "
+            "config before apply_qat."
+        )
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -109,7 +124,8 @@ def take_inventory(model: nn.Module) -> Inventory:
                 if buffer is not None and buffer_name not in module._non_persistent_buffers_set:
                     buffers[join(name, buffer_name)] = tuple(buffer.shape)
 
-    second_names = _second_names(bare, list(names_of.values()))
+    declared = _declared_ties(bare, parameters)
+    second_names = _second_names(declared, list(names_of.values()))
     shared = {stored: second for second, stored in reversed(second_names.items())}
     weights = [replace(w, tied_to=second_names.get(w.name), shared_with=shared.get(w.name)) for w in weights]
     stored = [name for name in parameters if name not in second_names]
@@ -119,6 +135,11 @@ def take_inventory(model: nn.Module) -> Inventory:
         tensors={name: tuple(tensors[name].shape) for name in stored} | buffers,
         parameters=sum(parameters[name] for name in stored),
         head=_head(model, bare),
+        broken_ties=tuple(
+            (name, source)
+            for name, source in declared.items()
+            if tensors[name] is not tensors[source] and not (tensors[name].is_meta or tensors[source].is_meta)
+        ),
     )
 
 
@@ -163,18 +184,30 @@ def _bare_model(model: nn.Module) -> nn.Module:
     return (hf_models or shells)[-1]
 
 
-def _second_names(bare: nn.Module, names: list[list[str]]) -> dict[str, str]:
+def _declared_ties(bare: nn.Module, parameters: Container[str]) -> dict[str, str]:
+    """Map each parameter that the model's config ties to the one it is tied to.
+
+    The config is asked anew: ``all_tied_weights_keys`` is as old as the model, and `from_pretrained` takes out of it
+    what it found untied, but engines follow the config.
+    """
+    hf_model = transformers_model(bare)
+    if hf_model is None:
+        return {}
+    ties = hf_model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    named = {canonical_name(name): canonical_name(source) for name, source in ties}
+    return {name: source for name, source in named.items() if name in parameters and source in parameters}
+
+
+def _second_names(declared: dict[str, str], names: list[list[str]]) -> dict[str, str]:
     """Map each name that is not stored to the stored name of the same parameter."""
-    declared: dict[str, str] = getattr(transformers_model(bare), "all_tied_weights_keys", None) or {}
-    known = {name for group in names for name in group}
     second: dict[str, str] = {}
     for group in names:
         # transformers says which of the tied names a checkpoint leaves out.
         stored = next((name for name in group if name not in declared), group[0])
         second.update({name: stored for name in group if name != stored})
     for name, source in declared.items():
-        # Declared but not (or not yet) the same object: a loader will tie them, so one of them must not be stored.
-        if name in known and source in known and name not in second and second.get(source, source) != name:
+        # On meta they may be two: a loader will tie them, so one of them must not be stored.
+        if name not in second and second.get(source, source) != name:
             second[name] = second.get(source, source)
     return second
 

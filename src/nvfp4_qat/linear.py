@@ -164,6 +164,8 @@ class QATLinear(QATModule, nn.Linear):
         """``input`` ``[..., in_features]`` → ``[..., out_features]``, as `nn.Linear` (autocast included)."""
         bias: Tensor | None = self.bias
         device = input.device.type
+        if device == "meta":  # which has no autocast, and shapes only
+            return super().forward(input)
         dtype = self.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

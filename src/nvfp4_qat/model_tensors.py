@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import MismatchError, UserError
 from .inventory import take_inventory
 from .naming import canonical_name
 from .parameter import is_dtensor
@@ -59,9 +59,12 @@ def model_tensors(
 
     Raises:
         UserError: parameters are sharded, or the model has other tensors than its plan.
+        MismatchError: parameters that the model's config ties are two.
     """
     _refuse_sharded(model, meta, sharded)
     inventory = take_inventory(model)
+    if (problem := inventory.tie_problem()) is not None:
+        raise MismatchError(problem)
     present = inventory.tensors
     changes = [f"{name} is new" for name in present if name not in plan.checkpoint_slices]
     changes += [f"{name} is gone" for name in plan.checkpoint_slices if name not in present]

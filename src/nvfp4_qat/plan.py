@@ -19,6 +19,7 @@ from .checkpoint_names import CheckpointSlice
 from .config import QATConfig
 from .decisions import decide
 from .entries import QuantizedTensor, SkippedTensor
+from .errors import UserError
 from .inventory import take_inventory
 from .naming import canonical_name, join, split_leaf
 from .plan_table import render
@@ -59,13 +60,15 @@ class QuantPlan:
             The plan.
 
         Raises:
-            UserError: a pattern splits a fusion group; a tied output head would be quantized; nothing is left to
-                quantize; the model's checkpoint has a layout that cannot be written.
+            UserError: a pattern splits a fusion group; a tied output head would be quantized, or holds data of its own;
+                nothing is left to quantize; the model's checkpoint has a layout that cannot be written.
 
         Warns:
             UserWarning: a pattern that is not one of the defaults matches no weight.
         """
         inventory = take_inventory(model)
+        if (problem := inventory.tie_problem()) is not None:
+            raise UserError(problem)
         quantized, skipped, slices = decide(inventory, config)
         return cls(config, quantized, skipped, slices, inventory.parameters, inventory.head)
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -127,6 +129,16 @@ def _write(file: FileIO, data: memoryview) -> None:
     """Write until nothing is left: Linux writes at most 2 GiB at a time."""
     while data:
         data = data[file.write(data) :]
+
+
+def check_storable(specs: Iterable[TensorSpec]) -> None:
+    """Raise `UserError` if tensors are of a dtype that is not written, a complex one for instance."""
+    bad = [f"{spec.name} ({spec.dtype})" for spec in specs if spec.dtype not in DTYPE_NAMES]
+    if bad:
+        raise UserError(
+            f"a checkpoint cannot hold tensors of these dtypes: {', '.join(bad)}. Register such a buffer with "
+            "persistent=False, or store its parts (torch.view_as_real)."
+        )
 
 
 def distribute(specs: Iterable[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
