@@ -23,6 +23,7 @@ from .live_manifest import from_wire
 from .live_memory import Shared, device_name, open_shared
 from .live_model import LiveModel
 from .live_recipe import EngineCode, Incoming
+from .live_settings import check_settings
 
 
 class WorkerCode(EngineCode, Protocol):
@@ -36,6 +37,7 @@ class State:
     """What a worker remembers between calls."""
 
     def __init__(self, worker: Any) -> None:
+        check_settings(worker)
         device = torch.empty(0, device=worker.device).device  # with its index
         model = worker._nvfp4_model()
         check_scales(worker, model)
