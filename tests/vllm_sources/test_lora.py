@@ -86,7 +86,9 @@ def test_adapters_are_there_again_when_memory_was_discarded(engine: Engine, monk
     live = engine.live(model)
     update(live, checkpoint)
     everything, buffers = reachable_tensors(model), {t.data_ptr() for t in model.buffers()}
-    if engine.size > 1 and engine.family.name != "qwen2":  # whose head is tied
+    if (
+        engine.size > 1 and engine.family.name != "qwen2" and os.environ["VLLM_SOURCES"] >= "0.20"
+    ):  # the head is wrapped
         assert any("sharded_to_full_mapping_gpu" in name for name in everything)
     before = contents(everything)
     live.keep()
