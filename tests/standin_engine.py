@@ -151,7 +151,7 @@ class StandinCode:
         self.names = {layer: self.constructed(layer) for layer in self.forms}
 
     def checkpoint_form(self, layer):
-        return {name: on_meta(form) for name, form in self.forms[layer].items() if form is not None}
+        return {name: on_meta(form) for name, form in self.forms.get(layer, {}).items() if form is not None}
 
     def constructed(self, layer):
         return self.names.get(layer) or frozenset((*layer._parameters, *layer._buffers, *layer.__dict__))

@@ -128,7 +128,7 @@ def test_claims_are_answered(tmp_path):
     write(tmp_path / "dense/measured.jsonl", [row for row in rows if row["run"].startswith(("bf16-s", "noqat-s"))])
     made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
     offline = [row[2:] for row in cells(made.table) if row[0] == claims.OFFLINE]
-    assert offline[1:] == [("QAT not evaluated", "–"), ("not run", "–")] and offline[0][1] == "no"
+    assert offline[1:] == [["QAT not evaluated", "–"], ["not run", "–"]] and offline[0][1] == "no"
 
 
 def test_the_whole_interval_decides():

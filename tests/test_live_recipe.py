@@ -78,6 +78,18 @@ def test_what_has_another_dtype_is_named(dtype):
     refused([replace(e, dtype=dtype) if e.name == name else e for e in announced(NEW)], name)
 
 
+@pytest.mark.parametrize("of", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize("to", [BF16, torch.float16, torch.float32])
+def test_floats_are_converted_but_not_where_fp16_would_change_them(of, to):
+    engine = Up(one(dtype=to), weight(dtype=to))
+    if of == to or to == torch.float32 or (of, to) == (torch.float32, BF16):
+        engine.update(weight(dtype=of))
+        return
+    with pytest.raises(MismatchError, match=f"one.weight is {of}, but one.weight is {to}"):
+        engine.live.begin(announced(weight(dtype=of)))
+    assert engine.live.whole
+
+
 def test_what_comes_twice_is_named():
     entries = announced(NEW)
     twice = [entries[3], entries[3], entries[5]]

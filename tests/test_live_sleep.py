@@ -9,7 +9,11 @@ import torch
 from helpers_live import Bare, One, Up, weight
 from standin_engine import Model, announced, checkpoint
 from standin_layers import ALONE, EXPERTS, Method, Place, fixed
-from torch import Tensor
+from standin_trainer import packed, trainer
+from standin_vllm import LLM
+from torch import Tensor, nn
+
+from nvfp4_qat.rollout import Rollout
 
 OLD, NEW = checkpoint(1), checkpoint(2)
 
@@ -67,6 +71,35 @@ def test_tables_and_parameters_that_no_update_brings_are_there_again():
     engine.check(weights)
     assert engine.model.one.table.tolist() == [0, 1, 2, 3, 4]
     assert engine.model.one.inner_input_global_scale.tolist() == [3, 3]
+
+
+class Adapted(nn.Module):
+    """A layer with adapters around it, as vLLM's LoRA has them."""
+
+    __module__ = "vllm.lora.layers"
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.lora_a_stacked = (torch.arange(6.0), torch.arange(3.0))
+
+
+def test_adapters_are_there_again():
+    """Through a worker, which has the model with its wrappers."""
+    llm = LLM(packed(0))
+    worker, head = llm.core.workers[0], llm.core.workers[0].model_runner.get_model()
+    head.layers[0].o_proj = adapted = Adapted(head.layers[0].o_proj)
+    model, plan = trainer(1)
+    engines = Rollout.connect(llm, plan)
+    engines.sync(model)
+    before = worker.digest()
+    engines.sleep(2)
+    for tensor in adapted.lora_a_stacked:
+        tensor.fill_(7)
+    engines.wake_up(["weights"])
+    engines.sync(model)
+    assert [t.tolist() for t in adapted.lora_a_stacked] == [[0, 1, 2, 3, 4, 5], [0, 1, 2]]
+    assert worker.digest() == before and head.layers[0].o_proj is adapted
 
 
 def test_what_is_kept_stays_so_until_an_update_writes():

@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from standin_trainer import packed, trainer
 from standin_vllm import LLM, Bare, Worker, of_seed, whole
 
@@ -92,6 +93,44 @@ def test_versions_of_vllm_that_were_never_tried_are_refused(version, supported, 
     else:
         with pytest.raises(MismatchError, match=f"vLLM {re.escape(version)} is not supported: .* with 0.15 to 0.33;"):
             Rollout.connect(LLM(packed(0)), trainer(1)[1])
+
+
+def configured(dtype=torch.bfloat16, eplb=False):
+    """An engine whose workers have such a configuration of vLLM."""
+
+    class Configured(Worker):
+        vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=dtype), parallel_config=SimpleNamespace(enable_eplb=eplb)
+        )
+
+    return LLM(packed(0), worker=Configured)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dtype": torch.float16}, 'it computes in float16, .* start vLLM with dtype="bfloat16"'),
+        ({"dtype": torch.float32}, 'it computes in float32, .* start vLLM with dtype="bfloat16"'),
+        ({"eplb": True}, r"experts to other places by their load \(enable_eplb\).*start vLLM without enable_eplb"),
+        ({"dtype": torch.float16, "eplb": True}, "computes in float16.*; it moves experts"),
+    ],
+)
+def test_settings_that_would_make_weights_wrong_are_refused(settings, message):
+    llm = configured(**settings)
+    with pytest.raises(MismatchError, match=f"this engine cannot take live weights: .*{message}"):
+        Rollout.connect(llm, trainer(1)[1])
+    model, plan = trainer(1)
+    assert Rollout.connect(configured(), plan).sync(model).version == 1
+
+
+def test_an_engine_that_is_started_anew_with_such_settings_is_refused_at_the_next_sync():
+    model, plan = trainer(1)
+    llm = configured()
+    engines = Rollout.connect(llm, plan)
+    engines.sync(model)
+    llm.core = configured(eplb=True).core
+    with pytest.raises(MismatchError, match="without enable_eplb"):
+        engines.sync(model)
 
 
 def test_all_engines_that_cannot_be_connected_are_one_error():

@@ -22,11 +22,13 @@ from nvfp4_qat.errors import UserError  # noqa: E402
 from nvfp4_qat.integrations import verl as plugin  # noqa: E402
 from nvfp4_qat.integrations import verl_rollout  # noqa: E402
 from nvfp4_qat.integrations.import_hooks import when_imported  # noqa: E402
+from nvfp4_qat.integrations.verl_config import settle  # noqa: E402
 from nvfp4_qat.integrations.verl_stream import NAME, read  # noqa: E402
 from nvfp4_qat.live_manifest import from_wire, manifest  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # verl's
 ACTOR, FSDP = "actor_rollout_ref.actor.qat", "actor_rollout_ref.actor.fsdp_config.qat"
+ROLLOUT = "actor_rollout_ref.rollout.qat"
 
 
 def config(*overrides: str) -> Any:
@@ -74,6 +76,28 @@ def test_both_places_may_say_the_same() -> None:
     assert list(found.actor_rollout_ref.actor.qat.ignore_patterns) == ["lm_head"]
 
 
+def test_the_rollout_may_say_the_same() -> None:
+    said = "{enable: True, ignore_patterns: [lm_head]}"
+    found = validated(f"{ACTOR}.enable=True", f"{FSDP}.ignore_patterns=[lm_head]", f"{ROLLOUT}={said}")
+    assert found.actor_rollout_ref.rollout.qat == found.actor_rollout_ref.actor.qat
+    settle(found)  # as where a run is started from what was validated
+
+
+def test_a_rollout_in_4_bits_alone_is_an_error() -> None:
+    with pytest.raises(
+        UserError, match=r"rollout\.qat\.enable is true alone: set actor_rollout_ref\.actor\.qat\.enable"
+    ):
+        validated(f"{ROLLOUT}={{enable: True}}")
+
+
+@pytest.mark.parametrize("absent", [f"~{ACTOR}", f"{ACTOR}=null", f"~{FSDP}", f"{FSDP}=null"])
+def test_a_place_that_was_taken_out_is_there_again(absent: str) -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    found = validated(f"{FSDP if ACTOR in absent else ACTOR}.enable=True", absent).actor_rollout_ref
+    assert found.rollout.qat.enable and omega_conf_to_dataclass(found.actor).engine.qat.enable
+
+
 def test_without_qat_nothing_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
     validated(f"{ACTOR}.ignore_patterns=[a]", f"{FSDP}.ignore_patterns=[b]", "actor_rollout_ref.rollout.name=sglang")
     assert "nvfp4-qat" not in capsys.readouterr().out
@@ -104,6 +128,15 @@ def test_without_qat_nothing_is_looked_at(capsys: pytest.CaptureFixture[str]) ->
             "leaves out adapters that are not merged",
         ),
         (["+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides={a:1}"], "vllm.hf_overrides is set: QAT sets it"),
+        (["actor_rollout_ref.rollout.dtype=float16"], "rollout.dtype is float16: leave it at bfloat16"),
+        (["+actor_rollout_ref.rollout.engine_kwargs.vllm.dtype=half"], "vllm.dtype is half: leave it out"),
+        (["actor_rollout_ref.actor.fsdp_config.dtype=float16"], "fsdp_config.dtype is float16, but the rollout"),
+        (["+actor_rollout_ref.rollout.engine_kwargs.vllm.enable_eplb=True"], "enable_eplb is true: weights cannot"),
+        ([f"{ROLLOUT}=null"], "rollout.qat is set to None, which is not what actor.qat says: do not set it"),
+        ([f"~{ROLLOUT}"], "rollout.qat is set to None, which"),
+        ([f"{ROLLOUT}={{enable: False}}"], "rollout.qat is set to {'enable': False}, which is not"),
+        ([f"{ROLLOUT}={{enable: True, mode: w4a4}}"], "rollout.qat is set to .*'w4a4'}, which is not"),
+        ([f"{ROLLOUT}={{enable: True, other: 1}}"], "rollout.qat is set to .*'other': 1}, which is not"),
         (["actor_rollout_ref.model.mtp.enable_rollout=True"], "draft models get no 4-bit weights"),
     ],
 )

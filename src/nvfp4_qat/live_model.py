@@ -52,10 +52,13 @@ class LiveModel:
         model: with the layers that compute, and ``load_weights``.
         code: its engine's.
         device: where its weights are.
+        wrappers: around layers, with tensors of their own that updates leave alone (`live_vllm_adapters`).
     """
 
-    def __init__(self, model: nn.Module, code: EngineCode, device: torch.device) -> None:
-        self.model, self.code, self.device = model, code, device
+    def __init__(
+        self, model: nn.Module, code: EngineCode, device: torch.device, wrappers: Sequence[nn.Module] = ()
+    ) -> None:
+        self.model, self.code, self.device, self._wrappers = model, code, device, wrappers
         self.whole = True
         """Whether all weights are of one version."""
         self._recipe: Recipe | None = None
@@ -311,7 +314,7 @@ class LiveModel:
             Bytes on the host, held until then.
         """
         if self._kept is None:  # else the memory has been discarded already
-            self._kept = Kept(self.model, self.code, self.device)
+            self._kept = Kept(self.model, self.code, self.device, self._wrappers)
         self.quick.graphs.clear()
         self.whole = False
         return self._kept.nbytes

@@ -22,7 +22,7 @@ from .live_materials import materialized
 from .live_regions import coverage, merged
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Dtypes that loaders may convert into each other."""
+"""Dtypes that loaders may convert, as `_converts` says."""
 
 SHOWN = 50
 """Problems that an error lists in full."""
@@ -305,7 +305,7 @@ class Recipe:
                 regions[key] += written
             for copy in load.copies:
                 of, to = copy.source.dtype, copy.destination.dtype
-                if of != to and not (of in FLOATS and to in FLOATS):
+                if not _converts(of, to):
                     yield f"{name} is {of}, but {copy.key} is {to}"
         for key, written in regions.items():
             form = self.forms[key]
@@ -374,6 +374,13 @@ def same_form(a: Tensor, b: Tensor) -> bool:
 def some(names: Sequence[str], shown: int = 20) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _converts(of: torch.dtype, to: torch.dtype) -> bool:
+    """Whether a loader may convert: between floats, but neither to fp16, which would overflow, nor from it to bf16."""
+    if of == to:
+        return True
+    return of in FLOATS and to in FLOATS and to != torch.float16 and (of, to) != (torch.float16, torch.bfloat16)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

@@ -4,11 +4,14 @@ An engine that sleeps without keeping its weights, as vLLM does at level 2, has 
 the same addresses and with any contents. An update then brings every weight, but not all of a layer's tensors are made
 from weights: locks that must be zero, scales that a checkpoint may leave out, tables among the plain attributes. They
 are kept on the host. Registered buffers are the engine's to keep; vLLM does.
+
+What belongs to adapters (LoRA) is such, too: their weights, and what says which request has which, lie among the plain
+attributes of the wrappers around layers. So adapters that were loaded are there again after the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +27,16 @@ class Kept:
         model: awake.
         code: its engine's.
         device: of its weights.
+        wrappers: modules that are not in the model, such as those that hold adapters.
     """
 
-    def __init__(self, model: nn.Module, code: EngineCode, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, code: EngineCode, device: torch.device, wrappers: Iterable[nn.Module] = ()
+    ) -> None:
         brought = {_memory(p) for layer in model.modules() for p in _weights(layer, code)}
         found = {
             (_memory(t), t.data_ptr(), t.shape, t.stride(), t.dtype): t
-            for layer in model.modules()
+            for layer in (*model.modules(), *wrappers)
             for t in _others(layer, code)
             if t.device == device and _memory(t) not in brought
         }

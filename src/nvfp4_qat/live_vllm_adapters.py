@@ -24,6 +24,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return _bare(model, {})
 
 
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """Those that such a tree leaves out, whose tensors are of adapters."""
+    return [module for module in model.modules() if _wrapped(module) is not None]
+
+
 def _wrapped(module: nn.Module) -> nn.Module | None:
     """What a wrapper of vLLM's holds; None for other modules."""
     if not any(cls.__module__.startswith(WRAPPERS) for cls in type(module).__mro__):

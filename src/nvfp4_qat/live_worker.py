@@ -23,6 +23,8 @@ from .live_manifest import from_wire
 from .live_memory import Shared, device_name, open_shared
 from .live_model import LiveModel
 from .live_recipe import EngineCode, Incoming
+from .live_settings import check_settings
+from .live_vllm_adapters import without_adapters, wrappers
 
 
 class WorkerCode(EngineCode, Protocol):
@@ -36,11 +38,13 @@ class State:
     """What a worker remembers between calls."""
 
     def __init__(self, worker: Any) -> None:
+        check_settings(worker)
         device = torch.empty(0, device=worker.device).device  # with its index
-        model = worker._nvfp4_model()
+        whole = worker._nvfp4_model()
+        model = without_adapters(whole)
         check_scales(worker, model)
         self.code: WorkerCode = worker._nvfp4_code(model, device)
-        self.live = LiveModel(model, self.code, device)
+        self.live = LiveModel(model, self.code, device, wrappers(whole))
         self.instance = uuid.uuid4().hex
         """Another one when the engine was started anew."""
         self.version: int | None = None

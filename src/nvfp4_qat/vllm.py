@@ -31,7 +31,6 @@ from .live_changes import Layout
 from .live_dummy import load_model
 from .live_engines import release
 from .live_memory import Shared, device_name, machine, process
-from .live_vllm_adapters import without_adapters
 from .live_worker import State, WorkerCode
 
 SUPPORTED = ((0, 15), (0, 33))
@@ -69,7 +68,8 @@ class LiveWeights:
 
     def _nvfp4_model(self) -> nn.Module:
         worker: Any = self
-        return without_adapters(worker.model_runner.get_model())
+        found: nn.Module = worker.model_runner.get_model()
+        return found
 
     def _nvfp4_leave(self) -> None:
         """Give up the update that goes on, if there is one, and leave the trainer's group."""

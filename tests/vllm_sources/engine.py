@@ -16,6 +16,7 @@ from torch import nn
 
 from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.live_vllm import VllmCode
+from nvfp4_qat.live_vllm_adapters import without_adapters, wrappers
 
 CPU = torch.device("cpu")
 
@@ -103,7 +104,8 @@ class Engine:
 
     def live(self, model: nn.Module) -> LiveModel:
         """What updates a model, as a worker has it."""
-        return LiveModel(model, VllmCode(model, self.config, CPU), CPU)
+        bare = without_adapters(model)
+        return LiveModel(bare, VllmCode(bare, self.config, CPU), CPU, wrappers(model))
 
 
 def _pretend(group: Any, rank: int, size: int) -> None:

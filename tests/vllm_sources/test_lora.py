@@ -1,4 +1,7 @@
-"""Updates of a model around whose layers vLLM has put LoRA's wrappers: the base below them is updated as ever."""
+"""Updates of a model around whose layers vLLM has put LoRA's wrappers: the base below them is updated as ever.
+
+Adapters are as they were, also where an engine has discarded its memory.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import different, kernel_tensors
+from comparing import contents, different, kernel_tensors, reachable_tensors
 from engine import Engine
 from families import VOCABULARY, some
+from test_updates import update
 from torch import Tensor, nn
 
 from nvfp4_qat.live_vllm_adapters import without_adapters
@@ -37,11 +41,18 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if "lora" not in name and "punica" not in name}
 
 
-@pytest.mark.parametrize("place", ["alone", "rank1of2"])
-@pytest.mark.parametrize("family", some("qwen3", "qwen2", "qwen3-moe"))
-def test_updated_model_equals_a_fresh_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+WRAPPED = some("qwen3", "qwen2", "qwen3-moe")
+
+
+def expect_refusal(engine: Engine) -> None:
     if os.environ["VLLM_SOURCES"] >= "0.26" and engine.family.name == "qwen3-moe":
         pytest.xfail("from 0.26 vLLM has experts' weights elsewhere if there is LoRA: an engine refuses the update")
+
+
+@pytest.mark.parametrize("place", ["alone", "rank1of2"])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_updated_model_equals_a_fresh_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_refusal(engine)
     model = engine.model(engine.family.checkpoint(0))
     assert without_adapters(model) is model
     wrap(model, engine.config, monkeypatch)
@@ -50,13 +61,41 @@ def test_updated_model_equals_a_fresh_one(engine: Engine, monkeypatch: pytest.Mo
     assert any(".base_layer" in name for name, _ in model.named_modules())
     own = {id(p) for p in model.parameters()}
     assert {id(p) for p in bare.parameters()} <= own
-    live = engine.live(bare)
+    live = engine.live(model)
     for seed in (1, 2, 3, 4):
-        checkpoint = engine.family.checkpoint(seed)
-        live.begin([entry for entry, _ in checkpoint])
-        live.load((entry.name, t) for entry, t in checkpoint)
-        live.commit()
+        update(live, engine.family.checkpoint(seed))
     fresh = engine.model(engine.family.checkpoint(4))
     wrap(fresh, engine.config, monkeypatch)
     assert different(weights(model), weights(fresh)) == [] and len(weights(model)) > 20
     assert live.quick.proved > 0 and live.quick.refused == []
+
+
+@pytest.mark.parametrize("place", ["alone", "rank1of2"])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_adapters_are_there_again_when_memory_was_discarded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when vLLM sleeps at level 2, which keeps buffers only, with adapters loaded."""
+    expect_refusal(engine)
+    model, checkpoint = engine.model(engine.family.checkpoint(0)), engine.family.checkpoint(1)
+    wrap(model, engine.config, monkeypatch)
+    stacked = [
+        t for name, t in reachable_tensors(model).items() if "lora_a_stacked" in name or "lora_b_stacked" in name
+    ]
+    assert len(stacked) > 8
+    for t in stacked:
+        t.data.normal_()
+    live = engine.live(model)
+    update(live, checkpoint)
+    everything, buffers = reachable_tensors(model), {t.data_ptr() for t in model.buffers()}
+    if (
+        engine.size > 1 and engine.family.name != "qwen2" and os.environ["VLLM_SOURCES"] >= "0.20"
+    ):  # the head is wrapped
+        assert any("sharded_to_full_mapping_gpu" in name for name in everything)
+    before = contents(everything)
+    live.keep()
+    for t in everything.values():
+        if t.numel() and t.data_ptr() not in buffers:
+            t.data.untyped_storage().fill_(0x5A)
+    assert contents(everything) != before
+    update(live, checkpoint)
+    after = contents(everything)
+    assert [name for name in before if after[name] != before[name]] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from families import some
 
 from nvfp4_qat.errors import MismatchError
 from nvfp4_qat.live_recipe import Incoming, Part
+from nvfp4_qat.live_settings import check_settings
 
 Entries = list[Incoming]
 
@@ -95,3 +97,14 @@ def test_absent_expert_is_named(engine: Engine) -> None:
         entries.append(entry)
     with pytest.raises(MismatchError, match=r"layers\.1\..*w2_weight_packed: \d+ of \d+ elements are missing"):
         engine.live(model).begin(entries)
+
+
+@pytest.mark.parametrize("place", ["alone"])
+@pytest.mark.parametrize("family", some("qwen3-moe"))
+def test_settings_are_where_they_are_looked_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = SimpleNamespace(vllm_config=engine.config)
+    check_settings(worker)
+    monkeypatch.setattr(engine.config.model_config, "dtype", torch.float16)
+    monkeypatch.setattr(engine.config.parallel_config, "enable_eplb", True)
+    with pytest.raises(MismatchError, match=r"it computes in float16, .*\(enable_eplb\)"):
+        check_settings(worker)

@@ -2,7 +2,8 @@
 
 verl has ``actor_rollout_ref.actor.qat``, which its documentation names and nothing reads, and
 ``actor_rollout_ref.actor.fsdp_config.qat``, which workers read and the rollout inherits. A key that is set in one of
-them counts; set to different values in both it is an error.
+them counts; set to different values in both it is an error. The rollout's own block, ``actor_rollout_ref.rollout.qat``,
+is a reference to the second one; set to anything else it may not say anything else.
 
 What verl's blocks have no key for, the JSON at ``quantization_config_path`` may say, under "nvfp4_qat".
 """
@@ -21,6 +22,10 @@ from ..config import QATConfig
 from ..errors import UserError
 
 PLACES = ("actor_rollout_ref.actor.qat", "actor_rollout_ref.actor.fsdp_config.qat")
+EMPTY: tuple[dict[str, Any], ...] = ({}, {"_target_": "verl.workers.config.QATEngineConfig"})
+"""What stands there where a configuration has left it out."""
+
+ROLLOUT = "actor_rollout_ref.rollout.qat"
 DEFAULTS: dict[str, Any] = {
     field.name: list(field.default) if isinstance(field.default, tuple) else field.default
     for field in fields(QATConfig)
@@ -34,6 +39,9 @@ BACKENDS = ("naive", "nccl", "nixl")
 
 ENGINE = ("hf_overrides", "quantization", "load_format", "worker_extension_cls")
 """Arguments of vLLM that are ours."""
+
+DTYPE = "bfloat16"
+"""In which trainer and rollout compute."""
 
 SECTION = "nvfp4_qat"
 
@@ -140,18 +148,31 @@ def settle(config: Any) -> QATConfig | None:
     actor = config.actor_rollout_ref.actor
     blocks = [OmegaConf.select(config, place) for place in PLACES]
     said = [{} if block is None else plain(block) for block in blocks]
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    follows = "qat" in rollout and OmegaConf.is_interpolation(rollout, "qat")
+    own = {} if follows or rollout.get("qat") is None else plain(rollout.qat)
     if not any(block.get("enable") for block in said):
+        if own.get("enable") and actor.strategy in STRATEGIES:
+            raise UserError(f"{ROLLOUT}.enable is true alone: set {PLACES[0]}.enable=True, which the rollout follows")
         return None
     found = merged(*said)
+    wrong = []
+    if not follows and (own.get("enable") is not True or any(found.get(k, k) != v for k, v in own.items())):
+        wrong.append(
+            f"rollout.qat is set to {own or None}, which is not what actor.qat says: do not set it, the rollout "
+            "follows the actor"
+        )
     if found["quantization_config_path"] is not None:  # workers may start in another directory
         found["quantization_config_path"] = os.path.abspath(found["quantization_config_path"])
     qat, _ = config_of(found)
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    wrong = []
     if actor.strategy not in STRATEGIES:
         wrong.append(f"actor.strategy is {actor.strategy}: QAT is there for {' and '.join(STRATEGIES)}")
     if rollout.name != "vllm":
         wrong.append(f"rollout.name is {rollout.name}: 4-bit rollouts are there for vllm")
+    if rollout.get("dtype", DTYPE) != DTYPE:
+        wrong.append(f"rollout.dtype is {rollout.dtype}: leave it at {DTYPE}, in which the weights are sent")
+    if OmegaConf.select(actor, "fsdp_config.dtype") == "float16":
+        wrong.append(f"actor.fsdp_config.dtype is float16, but the rollout computes in {DTYPE}: leave it at that")
     if rollout.get("quantization") is not None:
         wrong.append(f"rollout.quantization is {rollout.quantization}: leave it at null, QAT sets it")
     if "dummy" not in str(rollout.get("load_format", "dummy")):
@@ -173,18 +194,24 @@ def settle(config: Any) -> QATConfig | None:
     wrong += [
         f"rollout.engine_kwargs.vllm.{name} is set: QAT sets it" for name in ENGINE if given.get(name) is not None
     ]
+    if (given.get("dtype") or DTYPE) != DTYPE:
+        wrong.append(f"rollout.engine_kwargs.vllm.dtype is {given['dtype']}: leave it out, it must be {DTYPE}")
+    if given.get("enable_eplb"):
+        wrong.append("rollout.engine_kwargs.vllm.enable_eplb is true: weights cannot follow experts that move")
     if OmegaConf.select(model, "mtp.enable_rollout"):
         wrong.append("model.mtp.enable_rollout is true: draft models get no 4-bit weights; leave it at false")
     if OmegaConf.select(model, "lora.merge"):
         wrong.append("model.lora.merge is true: adapters cannot be merged into 4-bit weights; leave it at false")
     if wrong:
         raise UserError("with QAT this configuration cannot run:\n  " + "\n  ".join(wrong))
-    for place in PLACES:
+    for place, empty in zip(PLACES, EMPTY, strict=True):
         if OmegaConf.select(config, place) is None:
-            continue
+            OmegaConf.update(config, place, empty, force_add=True)
         for key, value in found.items():
             with open_dict(OmegaConf.select(config, place)):
                 OmegaConf.update(config, f"{place}.{key}", value, merge=False)
+    if not follows:
+        OmegaConf.update(config, ROLLOUT, found, merge=False)
     return qat
 
 
