@@ -119,6 +119,10 @@ class Core:
         self.room = self.budget = None
         """How many requests are taken up in a step; how many steps there may be."""
         self.refused_resets = self.encoder_resets = 0
+        self.connector = None
+        """The contexts that a KV connector holds, by prompt; None: there is no connector."""
+        self.needs_connector = False
+        """Whether to reset one that is not there is a failure, as in vLLM 0.20."""
         self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -172,6 +176,7 @@ class Core:
                 worker_extension_cls=extension, data_parallel_size=self.replicas, data_parallel_size_local=1,
                 data_parallel_rank_local=self.rank_local, data_parallel_external_lb=self.external_lb,
             ),
+            kv_transfer_config=None if self.connector is None else SimpleNamespace(kv_connector="OffloadingConnector"),
             weight_transfer_config=None if worker.backend is None else SimpleNamespace(backend=worker.backend),
         )  # fmt: skip
 
@@ -198,7 +203,7 @@ class Core:
         self.preempted.add(request.name)
         request.context = None
 
-    def reset(self, running):
+    def reset(self, running, connector=False):
         if running:
             for request in self.running:
                 request.context = None
@@ -206,9 +211,13 @@ class Core:
             self.waiting, self.running = self.running + self.waiting, []
         if self.running or self.refused_resets:
             self.refused_resets -= bool(self.refused_resets)
+            if running:
+                raise RuntimeError("Failed to reset KV cache even when all the running requests are preempted")
             return False
         self.cache.clear()
-        return True
+        if connector and self.connector is not None:
+            self.connector.clear()
+        return not (connector and self.connector is None and self.needs_connector)
 
     def reset_encoder(self):
         assert self.paused
@@ -254,7 +263,8 @@ class Core:
         now = [worker.digest() for worker in self.workers]
         for request in list(self.running):
             if request.context is None:
-                request.context = self.cache.setdefault(request.prompt, now)
+                held = {} if self.connector is None else self.connector
+                request.context = self.cache.setdefault(request.prompt, held.setdefault(request.prompt, now))
             request.steps.append([request.context, now])
             if len(request.steps) == request.length:
                 self.ended.add(request.name)
@@ -292,7 +302,7 @@ class LLM:
         self.core.do(self.core.wake_up, tags)
 
     def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
-        return self.core.do(self.core.reset, reset_running_requests)
+        return self.core.do(self.core.reset, reset_running_requests, reset_connector)
 
     def generate(self, prompts):
         return [answer.result(20) for answer in [self.core.add(prompt) for prompt in prompts]]
@@ -337,7 +347,7 @@ class AsyncLLM:
         await self._do("wake_up", self.core.wake_up, tags)
 
     async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
-        return await self._do("reset", self.core.reset, reset_running_requests)
+        return await self._do("reset", self.core.reset, reset_running_requests, reset_connector)
 
     async def reset_encoder_cache(self):
         await self._do("reset_encoder", self.core.reset_encoder)

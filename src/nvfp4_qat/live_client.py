@@ -11,13 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import MismatchError, UserError
-from .live_engines import Engine, InFlight
+from .live_engines import Engine, InFlight, release
 from .live_replies import BACKEND, Transfer
 from .live_started import Started
 from .live_tokens import TokenVersions
 from .plan import QuantPlan
 
 EXTENSION = "nvfp4_qat.vllm.LiveWeights"
+
+NO_CONNECTOR = (0, 24)
+"""The minor release of vLLM from which to reset a KV connector that is not there counts as done."""
 
 
 class Client:
@@ -41,6 +44,7 @@ class Client:
         self._transfer = Transfer(engine, address)
         self._way: Engine | Transfer = engine
         """How calls get to the workers."""
+        self._started: Started | None = None
         self.workers: list[dict[str, Any]] = []
         """What each worker said of itself."""
         self.restarted = False
@@ -85,7 +89,7 @@ class Client:
 
     def _hello(self) -> list[dict[str, Any]]:
         """What the workers say, by the extension or by the weight-transfer engine, whichever the engine has."""
-        started = self.engine.started()
+        started = self._started = self.engine.started()
         if started is not None:
             self._suits(started)
         with_backend = started is not None and started.extension != EXTENSION and started.backend == BACKEND
@@ -175,9 +179,16 @@ class Client:
         if self.version != version:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
         self._take_updates(self.engine.scheduled())
-        self.engine.reset_cache()
+        self.engine.reset_cache(self._connector)
         self.engine.resume()
         self.restarted = self.doubtful = False
+
+    @property
+    def _connector(self) -> bool:
+        """Whether a KV connector is to be reset too. Where there is none, vLLM before 0.24 calls that a failure."""
+        if self._started is None:
+            return (release(self.workers[0]["vllm"]) or NO_CONNECTOR) >= NO_CONNECTOR
+        return self._started.connector
 
     def _take_updates(self, scheduled: Mapping[str, int] | None = None) -> None:
         """Take note of what was in flight at updates; before an engine goes on, so that no response comes earlier."""

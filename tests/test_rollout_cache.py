@@ -1,0 +1,106 @@
+"""What was computed with old weights is forgotten before an engine goes on: KV blocks, wherever they are held."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+from standin_server import Server
+from standin_trainer import packed, perturb, trainer
+from standin_vllm import LLM, AsyncLLM, of_seed, whole
+
+from nvfp4_qat import vllm
+from nvfp4_qat.errors import MismatchError
+from nvfp4_qat.live_async import AsyncEngine
+from nvfp4_qat.live_engines import LocalEngine
+from nvfp4_qat.live_http import HttpEngine
+from nvfp4_qat.rollout import Rollout
+
+OF_SEED = {seed: of_seed(seed) for seed in range(4)}
+
+
+def answered(core):
+    """Of which seed's weights an engine's answer is, context included."""
+    (seed,) = set(whole(core.add("same").result(20), OF_SEED))
+    return seed
+
+
+@pytest.fixture(params=["LLM", "AsyncLLM", "server"])
+def engine(request):
+    """An engine with what is connected, by each of the ways there are."""
+    if request.param == "AsyncLLM":
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        llm = AsyncLLM(packed(0))
+        yield llm.core, AsyncEngine(llm, "the engine", 20.0, loop)
+        loop.call_soon_threadsafe(loop.stop)
+        return
+    llm = LLM(packed(0))
+    if request.param == "LLM":
+        yield llm.core, LocalEngine(llm)
+        return
+    server = Server(llm, told=True)
+    yield llm.core, HttpEngine(server.url, 20.0)
+    server.close()
+
+
+def test_kv_blocks_that_a_connector_holds_are_forgotten(engine):
+    core, connected = engine
+    core.connector = {}
+    model, plan = trainer(1)
+    engines = Rollout.connect(connected, plan)
+    for seed in (1, 2):
+        perturb(model, seed)
+        engines.sync(model)
+        assert answered(core) == seed and core.connector
+
+
+def test_a_connector_is_not_reset_where_there_is_none(engine):
+    core, connected = engine
+    core.needs_connector = True
+    model, plan = trainer(1)
+    Rollout.connect(connected, plan).sync(model)
+    assert answered(core) == 1
+
+
+@pytest.mark.parametrize("version", ["0.20.2", "0.24.0", "0.33.0", None])
+def test_a_connector_of_an_engine_that_does_not_tell_how_it_was_started(version, monkeypatch):
+    known = vllm._version
+    monkeypatch.setattr(vllm, "_version", lambda package: version if package == "vllm" else known(package))
+    llm = LLM(packed(0))
+    reset, asked = llm.core.reset, []
+    llm.core.reset = lambda *arguments: asked.append(arguments) or reset(*arguments)
+    core, methods = llm.core, ("collective_rpc", "sleep", "wake_up", "reset_prefix_cache")
+    core.needs_connector = version == "0.20.2"
+    silent = SimpleNamespace(**{method: getattr(llm, method) for method in methods})
+    silent.llm_engine = SimpleNamespace(reset_encoder_cache=llm.llm_engine.reset_encoder_cache)
+    model, plan = trainer(1)
+    Rollout.connect(silent, plan).sync(model)
+    assert answered(core) == 1 and asked == [(True, version != "0.20.2")]
+
+
+def test_a_reset_that_was_refused_is_asked_for_again(engine):
+    core, connected = engine
+    model, plan = trainer(1)
+    engines = Rollout.connect(connected, plan)
+    answered(core)
+    core.refused_resets = 3
+    engines.sync(model)
+    assert answered(core) == 1 and core.refused_resets == 0
+
+
+def test_another_error_of_a_reset_is_raised_at_once(engine):
+    core, connected = engine
+    attempts = []
+
+    def broken(*arguments):
+        attempts.append(arguments)
+        raise RuntimeError("no such block")
+
+    core.reset = broken
+    model, plan = trainer(1)
+    with pytest.raises(MismatchError, match="no such block"):
+        Rollout.connect(connected, plan).sync(model)
+    assert len(attempts) == 1 and core.paused
