@@ -12,10 +12,11 @@ from standin_trainer import packed, perturb, trainer
 from standin_vllm import LLM, AsyncLLM, of_seed, whole
 
 from nvfp4_qat import vllm
-from nvfp4_qat.errors import MismatchError
+from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.live_async import AsyncEngine
 from nvfp4_qat.live_engines import LocalEngine
 from nvfp4_qat.live_http import HttpEngine
+from nvfp4_qat.quantizer import packed_weights
 from nvfp4_qat.rollout import Rollout
 
 OF_SEED = {seed: of_seed(seed) for seed in range(4)}
@@ -104,3 +105,103 @@ def test_another_error_of_a_reset_is_raised_at_once(engine):
     with pytest.raises(MismatchError, match="no such block"):
         Rollout.connect(connected, plan).sync(model)
     assert len(attempts) == 1 and core.paused
+
+
+# Going on after a refusal, and between updates of others
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_waking_up_resets_the_cache_that_a_sync_could_not(restarted, monkeypatch):
+    monkeypatch.setattr("nvfp4_qat.live_engines.ATTEMPTS", 2)
+    model, plan = trainer(1)
+    llm = LLM(packed(0))
+    engines = Rollout.connect(llm, plan)
+    assert answered(llm.core) == 0
+    llm.core.refused_resets = 4
+    with pytest.raises(MismatchError, match="did not reset its prefix cache"):
+        engines.sync(model)
+    engines = Rollout.connect(llm, plan) if restarted else engines
+    assert engines.versions == [1]
+    with pytest.raises(MismatchError, match="did not reset its prefix cache"):
+        engines.wake_up()
+    assert llm.core.paused and llm.core.refused_resets == 0
+    engines.wake_up()
+    assert answered(llm.core) == 1 and llm.core.encoder_resets == 1
+    engines.wake_up()
+    assert llm.core.encoder_resets == 1, "a cache that is right was reset"
+
+
+def during(stream, index, do):
+    """A stream of tensors, and something that is done in it."""
+    for i, item in enumerate(stream):
+        if i == index:
+            do()
+        yield item
+
+
+@pytest.mark.parametrize("index", [0, 20])
+def test_waking_up_in_the_middle_of_an_update_is_refused(index):
+    model, plan = trainer(1)
+    llm = LLM(packed(0))
+    engines, other = (Rollout.connect(llm, plan, bucket_bytes=1) for _ in range(2))
+    engines.sync(model)
+    perturb(model, 2)
+
+    def wake_up():
+        for one in (engines, other):
+            with pytest.raises(UserError, match="would go on in the middle of an update: let it end, or sync"):
+                one.wake_up()
+        assert llm.core.paused
+
+    assert engines.sync(model, during(packed_weights(model, layout="fused"), index, wake_up)).version == 2
+    assert answered(llm.core) == 2
+
+
+def test_an_engine_does_not_go_on_when_another_update_has_begun_since_the_commit(monkeypatch):
+    first, plan = trainer(1)
+    second, _ = trainer(2)
+    llm = LLM(packed(0))
+    stalled, other = Rollout.connect(llm, plan), Rollout.connect(llm, plan, bucket_bytes=1)
+    (client,) = stalled._clients
+    reset, began, tried = client.engine.reset_cache, threading.Event(), threading.Event()
+    ready = threading.Event()
+
+    def slow(connector):
+        ready.set()
+        assert began.wait(20)
+        reset(connector)
+
+    def go():
+        with pytest.raises(MismatchError, match="another update began meanwhile"):
+            stalled.sync(first)
+        tried.set()
+
+    def let_go():
+        began.set()
+        assert tried.wait(20) and llm.core.paused
+
+    monkeypatch.setattr(client.engine, "reset_cache", slow)
+    thread = threading.Thread(target=go)
+    thread.start()
+    assert ready.wait(20)
+    other.sync(second, during(packed_weights(second, layout="fused"), 20, let_go))
+    thread.join()
+    assert answered(llm.core) == 2 and other.versions == [2]
+
+
+def test_a_comparison_does_not_keep_an_engine_from_going_on(monkeypatch):
+    model, plan = trainer(1)
+    llm = LLM(packed(0))
+    engines, other = Rollout.connect(llm, plan), Rollout.connect(llm, plan)
+    (client,) = engines._clients
+    reset = client.engine.reset_cache
+
+    def verified(connector):
+        reset(connector)
+        (other_client,) = other._clients
+        other_client.refresh()
+        other_client.call("nvfp4_compare", "x", other_client.version, other._announcement(model)[1])
+
+    monkeypatch.setattr(client.engine, "reset_cache", verified)
+    engines.sync(model)
+    assert answered(llm.core) == 1

@@ -83,8 +83,9 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     server.log.clear()
     engines.sync(model)
     asked = [path for path, _, _ in server.log]
-    assert set(asked[:-3]) == {"/init_weight_transfer_engine", "/sleep"} and asked.index("/sleep") == 2
-    assert asked[-3:] == ["/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
+    call = "/init_weight_transfer_engine"
+    assert set(asked[:-4]) == {call, "/sleep"} and asked.index("/sleep") == 2
+    assert asked[-4:] == ["/reset_prefix_cache", "/reset_encoder_cache", call, "/wake_up"]
     assert answered(server.llm, {seed: of_seed(seed, 2) for seed in range(2)}) == 1
     engines.verify(model)
     with pytest.raises(UserError, match="a weight-transfer engine does not see requests; start vLLM with the"):

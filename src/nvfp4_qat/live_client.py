@@ -179,9 +179,14 @@ class Client:
         if self.version != version:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
         self._take_updates(self.engine.scheduled())
-        self.engine.reset_cache(self._connector)
+        self._reset(update)
         self.engine.resume()
         self.restarted = self.doubtful = False
+
+    def _reset(self, update: str | None) -> None:
+        """Have the engine forget what the weights before an update computed; nothing else may let it go on."""
+        self.engine.reset_cache(self._connector)
+        self._note(self.call("nvfp4_go_on", update))
 
     @property
     def _connector(self) -> bool:
@@ -225,13 +230,24 @@ class Client:
         """Give the engine its memory again; with the last of it the scheduler goes on, so its weights must be whole."""
         self.refresh()
         left = set() if tags is None else self._asleep - set(tags)
-        if not left and not all(worker["whole"] for worker in self.workers):
+        if not left:
+            self._may_go_on()
+        self.engine.wake_up(tags)
+        self._asleep = left
+
+    def _may_go_on(self) -> None:
+        """Refuse to let the engine answer from a mixture, and have it forget old results that it may still hold."""
+        if any(worker["updating"] for worker in self.workers):
+            raise UserError(
+                f"{self.engine.name} would go on in the middle of an update: let it end, or sync if its sender is gone"
+            )
+        if not all(worker["whole"] for worker in self.workers):
             raise UserError(
                 f"{self.engine.name} would go on with incomplete weights: call wake_up(['weights']) and sync first, "
                 "and only then wake up the rest"
             )
-        self.engine.wake_up(tags)
-        self._asleep = left
+        if any(worker["stale"] for worker in self.workers):
+            self._reset(self.workers[0]["completed"])
 
     def close(self) -> None:
         """Listen to no worker any more, until the next call."""

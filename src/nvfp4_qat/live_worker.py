@@ -47,6 +47,8 @@ class State:
         """Of the last complete update; None: there was none since the engine started."""
         self.completed: str | None = None
         """The name of that update. No other has it, while trainers may give the same version to different weights."""
+        self.stale = False
+        """Whether the engine may hold results of the weights before those of the last complete update."""
         self.notes = Notes()
         self.extra_bytes = 0
         """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
@@ -72,6 +74,7 @@ class State:
             "completed": self.completed,
             "whole": self.live.whole,
             "updating": self.update is not None,
+            "stale": self.stale,
             "group": self.group_name,
             "extra_bytes": self.extra_bytes,
             "graph_bytes": self.live.quick.graphs.nbytes,

@@ -37,7 +37,7 @@ from .live_worker import State, WorkerCode
 SUPPORTED = ((0, 15), (0, 33))
 """The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
@@ -234,9 +234,23 @@ class LiveWeights:
         state.live.commit()
         state.finished()
         state.notes.take(self, state.version, state.coming)
-        state.version, state.completed = state.coming, state.update
+        state.version, state.completed, state.stale = state.coming, state.update, True
         state.extra_bytes = state.watched()
         state.forget()
+        return state.status()
+
+    @_answers
+    def nvfp4_go_on(self, completed: str | None) -> dict[str, Any]:
+        """Take note that the engine's caches were reset since an update, after which it is to go on.
+
+        Args:
+            completed: the name of that update; if there is another one now, its sender lets the engine go on.
+        """
+        state = _state(self)
+        updating = state.update is not None and state.comparison is None
+        if updating or state.completed != completed:
+            raise UserError("another update began meanwhile: the engine goes on when that has ended")
+        state.stale = False
         return state.status()
 
     @_answers
