@@ -95,6 +95,9 @@ class Bare:
                 if tensor.data_ptr() not in buffers:
                     tensor.zero_()
 
+    def wake_up(self, tags):
+        pass
+
 
 class Worker(Bare, LiveWeights):
     def _nvfp4_code(self, model, device):
@@ -108,7 +111,7 @@ class Request:
 
 
 class Core:
-    replicas, external_lb, rank_local = 1, False, None
+    replicas, external_lb, rank_local, sleep_mode = 1, False, None, False
 
     def __init__(self, workers):
         self.workers, self.paused, self.asleep, self.cache = workers, False, set(), {}
@@ -176,6 +179,7 @@ class Core:
                 worker_extension_cls=extension, data_parallel_size=self.replicas, data_parallel_size_local=1,
                 data_parallel_rank_local=self.rank_local, data_parallel_external_lb=self.external_lb,
             ),
+            model_config=SimpleNamespace(enable_sleep_mode=self.sleep_mode),
             kv_transfer_config=None if self.connector is None else SimpleNamespace(kv_connector="OffloadingConnector"),
             weight_transfer_config=None if worker.backend is None else SimpleNamespace(backend=worker.backend),
         )  # fmt: skip
@@ -225,13 +229,16 @@ class Core:
 
     def sleep(self, level, mode):
         self.pause(mode, level >= 1)
-        if level >= 1:
+        if level >= 1 and not self.asleep:
             self.asleep = {"weights", "kv_cache"}
             for worker in self.workers:
                 worker.sleep(level)
 
     def wake_up(self, tags):
-        self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
+        if tags is None or set(tags) & self.asleep:
+            self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
+            for worker in self.workers:
+                worker.wake_up(tags)
         if not self.asleep:
             self.paused = False
 

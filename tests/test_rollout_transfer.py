@@ -361,3 +361,11 @@ def test_what_fails_in_the_plugin_is_logged_and_does_not_end_vllm(monkeypatch, c
         vllm_plugin.register()
     assert "could not register its weight-transfer engine with vLLM 0.33.0: vLLM will refuse the backend" in caplog.text
     assert "import of vllm.distributed.weight_transfer.factory halted" in caplog.text
+
+
+def test_an_engine_that_may_sleep_is_refused(worker):
+    llm = LLM(packed(0), worker=worker)
+    llm.core.sleep_mode = True
+    with pytest.raises(UserError, match="enable_sleep_mode, and a weight-transfer engine does not see when it sleeps"):
+        Rollout.connect(llm, trainer(1)[1])
+    assert Rollout.connect(LLM(packed(0), worker=worker), trainer(1)[1])

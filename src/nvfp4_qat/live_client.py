@@ -50,7 +50,6 @@ class Client:
         self.restarted = False
         """Whether it was started anew since its last complete update from here."""
         self.tokens = TokenVersions(engine.name)
-        self._asleep: set[str] = set()
         self.drifted: list[str] = []
         """Layers that somebody had altered when the last update of changes began."""
         self.doubtful = False
@@ -109,6 +108,11 @@ class Client:
         if not started.extension and started.backend != BACKEND:
             backend = "" if started.backend is None else f", and with the weight-transfer backend {started.backend!r}"
             raise self._not_for_live_weights(f"it was started without a worker extension{backend}")
+        if started.sleeps and started.extension != EXTENSION and started.backend == BACKEND:
+            raise UserError(
+                f"{self.engine.name} has enable_sleep_mode, and a weight-transfer engine does not see when it sleeps: "
+                f'start it with worker_extension_cls="{EXTENSION}" instead of weight_transfer_config'
+            )
         if started.replicas > 1:
             raise UserError(
                 f"{self.engine.name} has {started.replicas} replicas (data_parallel_size), and calls bring the answers "
@@ -153,6 +157,7 @@ class Client:
         self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: str | None = None
     ) -> None:
         """Announce an update; the engine goes on answering with what it has."""
+        self._awake()
         answers = self.call("nvfp4_begin", update, version, wire, remember, base)
         self.drifted = sorted({layer for answer in answers for layer in answer["drifted"]})
 
@@ -205,9 +210,8 @@ class Client:
         Raises:
             UserError: the weights are asleep, incomplete, or those that the engine was started with.
         """
-        if "weights" in self._asleep:
-            raise UserError(f"{self.engine.name} sleeps, and its weights with it: call wake_up first")
         self.refresh()
+        self._awake()
         if not all(worker["whole"] for worker in self.workers):
             raise UserError(f"{self.engine.name} has incomplete weights: sync before you verify")
         if self.version is None:
@@ -224,7 +228,6 @@ class Client:
         if level == 2:
             self._note(self.call("nvfp4_lost"))
         self.engine.sleep(level)
-        self._asleep = {"weights", "kv_cache"}
 
     def wake_up(self, tags: Sequence[str] | None) -> None:
         """Give the engine its memory again; with the last of it the scheduler goes on, so its weights must be whole."""
@@ -233,7 +236,17 @@ class Client:
         if not left:
             self._may_go_on()
         self.engine.wake_up(tags)
-        self._asleep = left
+
+    @property
+    def _asleep(self) -> set[str]:
+        """What of its memory sleeps, by whomever it was put to sleep, when last asked."""
+        return {part for worker in self.workers for part in worker["asleep"]}
+
+    def _awake(self) -> None:
+        if "weights" in self._asleep:
+            raise UserError(
+                f"{self.engine.name} sleeps, and its weights with it: call wake_up first, with ['weights'] for a sync"
+            )
 
     def _may_go_on(self) -> None:
         """Refuse to let the engine answer from a mixture, and have it forget old results that it may still hold."""

@@ -1,5 +1,6 @@
 """How an engine was started, from its configuration: by which way its workers can be called, how many replicas it
-has, and what else holds KV blocks.
+has, what else holds KV blocks,
+and whether it may sleep.
 
 This is read and not tried, because what a worker raises is not harmless. `MultiprocExecutor.collective_rpc` of vLLM
 (0.15 to 0.33) then returns before it has read the answers of the workers after that one, and each later call gets the
@@ -22,12 +23,14 @@ class Started:
         backend: of its ``weight_transfer_config``; None: none.
         replicas: that it spreads requests over.
         connector: whether KV blocks also go to a connector, as for offloading.
+        sleeps: whether its memory can be freed.
     """
 
     extension: str
     backend: str | None
     replicas: int
     connector: bool = False
+    sleeps: bool = False
 
 
 def started(config: Any) -> Started | None:
@@ -49,8 +52,9 @@ def started(config: Any) -> Started | None:
     elif _get(parallel, "data_parallel_external_lb") or _get(parallel, "data_parallel_hybrid_lb"):
         size = int(_get(parallel, "data_parallel_size_local"))
     backend = _get(_get(config, "weight_transfer_config"), "backend")
+    sleeps = bool(_get(_get(config, "model_config"), "enable_sleep_mode"))
     connector = _get(config, "kv_transfer_config") is not None  # vLLM makes one for kv_offloading_size too
-    return Started(_get(parallel, "worker_extension_cls") or "", backend, size, connector)
+    return Started(_get(parallel, "worker_extension_cls") or "", backend, size, connector, sleeps)
 
 
 def _get(config: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import live_asleep
 from .errors import UserError
 from .live_broadcast import Group
 from .live_changes import PIECE_NAME, Layout, from_pieces, places
@@ -36,6 +37,8 @@ class State:
     """What a worker remembers between calls."""
 
     def __init__(self, worker: Any) -> None:
+        self.asleep = live_asleep.of(worker)
+        self.asleep.check()
         device = torch.empty(0, device=worker.device).device  # with its index
         model = worker._nvfp4_model()
         check_scales(worker, model)
@@ -75,6 +78,7 @@ class State:
             "whole": self.live.whole,
             "updating": self.update is not None,
             "stale": self.stale,
+            "asleep": sorted(self.asleep.parts),
             "group": self.group_name,
             "extra_bytes": self.extra_bytes,
             "graph_bytes": self.live.quick.graphs.nbytes,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import live_asleep
 from .errors import UserError
 from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
@@ -65,6 +66,7 @@ class LiveWeights:
         instance: Any = super().__new__(cls)
         if hasattr(cls, "load_model"):  # an extension may not define what workers have
             instance.load_model = functools.partial(load_model, instance)
+        live_asleep.watch(instance)
         return instance
 
     def _nvfp4_model(self) -> nn.Module:
@@ -129,6 +131,7 @@ class LiveWeights:
             Under "drifted" the layers that somebody altered since, which will be asked for whole.
         """
         state = _state(self)
+        state.asleep.check()
         if state.version is not None and version <= state.version:
             raise UserError(
                 f"version {version} is not newer than {state.version}, which this engine has: weights go one way. "
@@ -270,6 +273,7 @@ class LiveWeights:
     def nvfp4_verify(self) -> dict[str, Any]:
         """Which layers are not what the last complete update left, and the checksum of each; see `live_checks`."""
         state = _state(self)
+        state.asleep.check()
         drifted, checksums = state.live.checks.compared() if state.live.whole else ([], {})
         layout = state.live.checks.layout()
         return {"drifted": drifted, "checksums": checksums, "layout": layout, **state.status()}
@@ -284,6 +288,7 @@ class LiveWeights:
             incoming: as for an update.
         """
         state = _state(self)
+        state.asleep.check()
         if state.update is not None:
             raise UserError("an update goes on: weights are compared when it has ended")
         if state.version != version:
@@ -307,8 +312,17 @@ class LiveWeights:
     def nvfp4_lost(self) -> dict[str, Any]:
         """The weights are about to go, as when sleeping at level 2: only a complete update brings them back."""
         state = _state(self)
-        state.live.keep()
+        if "weights" not in state.asleep.parts:  # else vLLM leaves them as they are
+            state.live.keep()
         return state.status()
+
+    def _nvfp4_sleeps(self, level: int) -> dict[str, Any]:
+        """What is to be done before the worker sleeps, of its own accord or not; answers like a call."""
+        answer = self.nvfp4_lost() if level == 2 else self.nvfp4_status()  # makes its state while there are weights
+        state: State | None = self.__dict__.get("_nvfp4_state")
+        if state is not None:
+            state.give_up()
+        return answer
 
 
 def _supported(found: str | None) -> None:

@@ -197,7 +197,8 @@ def test_engines_tell_how_they_were_started(engine: Engine) -> None:
             config.parallel_config = ParallelConfig(**parallel)
             assert [one.started() for one in engines] == [found] * 3
         config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-        assert [one.started() for one in engines] == [Started("", None, 1, connector=True)] * 3
+        config.model_config.enable_sleep_mode = True
+        assert [one.started() for one in engines] == [Started("", None, 1, connector=True, sleeps=True)] * 3
         assert HttpEngine(f"{url}/elsewhere", 1.0).started() is None
 
 
