@@ -83,12 +83,14 @@ class Bare:
         self.code = start(model, weights)
         self.code.__class__ = Code
         self.graph = Graph(model)
-        self.model_runner = self.runner(model)
+        self.model_runner, self.gone = self.runner(model), set()
 
     def digest(self):
         return digest(self.graph.operands)
 
     def sleep(self, level):
+        assert not self.gone
+        self.gone = {"weights", "kv_cache"}
         if level == 2:  # vLLM saves buffers
             buffers = {b.data_ptr() for b in self.model_runner.get_model().buffers()}
             for tensor in self.graph.operands.values():
@@ -96,7 +98,9 @@ class Bare:
                     tensor.zero_()
 
     def wake_up(self, tags):
-        pass
+        woken = {"weights", "kv_cache"} if tags is None else set(tags)
+        assert woken <= self.gone, "mapped twice"
+        self.gone -= woken
 
 
 class Worker(Bare, LiveWeights):
@@ -124,8 +128,8 @@ class Core:
         self.refused_resets = self.encoder_resets = 0
         self.connector = None
         """The contexts that a KV connector holds, by prompt; None: there is no connector."""
-        self.needs_connector = False
-        """Whether to reset one that is not there is a failure, as in vLLM 0.20."""
+        self.earlier = False
+        """As vLLM 0.20: to reset a connector that is not there fails, and any waking up lets the scheduler go on."""
         self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -221,7 +225,7 @@ class Core:
         self.cache.clear()
         if connector and self.connector is not None:
             self.connector.clear()
-        return not (connector and self.connector is None and self.needs_connector)
+        return not (connector and self.connector is None and self.earlier)
 
     def reset_encoder(self):
         assert self.paused
@@ -235,11 +239,11 @@ class Core:
                 worker.sleep(level)
 
     def wake_up(self, tags):
-        if tags is None or set(tags) & self.asleep:
+        if self.asleep and (tags is None or set(tags) <= self.asleep):
             self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
             for worker in self.workers:
                 worker.wake_up(tags)
-        if not self.asleep:
+        if self.earlier or not self.asleep:
             self.paused = False
 
     def _loop(self):
@@ -262,7 +266,7 @@ class Core:
     def _step(self):
         if self.paused:  # workers are still told what ended
             return self._tell([], [])
-        assert not self.asleep
+        assert not any(worker.gone for worker in self.workers)
         taken_up, self.waiting = self.waiting[: self.room], self.waiting[len(self.waiting[: self.room]) :]
         self.running += taken_up
         self._tell(taken_up, self.running)

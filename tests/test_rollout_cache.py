@@ -60,7 +60,7 @@ def test_kv_blocks_that_a_connector_holds_are_forgotten(engine):
 
 def test_a_connector_is_not_reset_where_there_is_none(engine):
     core, connected = engine
-    core.needs_connector = True
+    core.earlier = True
     model, plan = trainer(1)
     Rollout.connect(connected, plan).sync(model)
     assert answered(core) == 1
@@ -74,7 +74,7 @@ def test_a_connector_of_an_engine_that_does_not_tell_how_it_was_started(version,
     reset, asked = llm.core.reset, []
     llm.core.reset = lambda *arguments: asked.append(arguments) or reset(*arguments)
     core, methods = llm.core, ("collective_rpc", "sleep", "wake_up", "reset_prefix_cache")
-    core.needs_connector = version == "0.20.2"
+    core.earlier = version == "0.20.2"
     silent = SimpleNamespace(**{method: getattr(llm, method) for method in methods})
     silent.llm_engine = SimpleNamespace(reset_encoder_cache=llm.llm_engine.reset_encoder_cache)
     model, plan = trainer(1)

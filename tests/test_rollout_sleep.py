@@ -7,6 +7,7 @@ from helpers_live import bits
 from standin_trainer import packed, perturb, trainer
 from standin_vllm import LLM, Worker, of_seed, whole
 
+from nvfp4_qat import vllm
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.rollout import Rollout
@@ -127,3 +128,28 @@ def test_what_could_not_be_kept_is_told_of_later(monkeypatch):
     llm.wake_up(["weights"])
     with pytest.raises(MismatchError, match=r"not kept when .* to sleep \(no memory on the host\): start it anew"):
         engines.sync(model)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("rest", [["kv_cache"], None], ids=str)
+def test_a_scheduler_that_would_go_on_early_rests_until_all_is_awake(level, rest, monkeypatch):
+    known = vllm._version
+    monkeypatch.setattr(vllm, "_version", lambda package: "0.20.2" if package == "vllm" else known(package))
+    model, plan = trainer(1)
+    llm = LLM(packed(0))
+    llm.core.earlier = True
+    engines = Rollout.connect(llm, plan, in_flight="keep")
+    for seed in (1, 2):
+        perturb(model, seed)
+        engines.sync(model)
+        engines.sleep(level)
+        waiting = llm.core.add("waits")
+        engines.wake_up(["weights"])
+        engines.wake_up(["weights"])
+        assert llm.core.paused and llm.core.workers[0].gone == {"kv_cache"}
+        perturb(model, seed + 1)
+        engines.sync(model)
+        assert llm.core.paused and llm.core.workers[0].gone == {"kv_cache"} and not waiting.done()
+        engines.wake_up(rest)
+        assert not llm.core.workers[0].gone and not llm.core.asleep
+        assert set(whole(waiting.result(20), OF_SEED)) == {seed + 1} and answered(llm) == seed + 1

@@ -68,7 +68,10 @@ def sleep(worker: Any, level: int = 1, **options: Any) -> Any:
 
 
 def wake_up(worker: Any, tags: Sequence[str] | None = None) -> Any:
-    """Wake up as vLLM's worker does."""
+    """Wake up as vLLM's worker does; of all of its memory, what still sleeps, as vLLM would map the rest again."""
+    asleep = of(worker)
+    if tags is None and asleep.parts:
+        tags = None if asleep.parts == MEMORY else sorted(asleep.parts)
     result = type(worker).wake_up(worker, tags)
-    of(worker).parts -= MEMORY if tags is None else set(tags)
+    asleep.parts -= MEMORY if tags is None else set(tags)
     return result

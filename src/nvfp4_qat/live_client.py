@@ -22,6 +22,9 @@ EXTENSION = "nvfp4_qat.vllm.LiveWeights"
 NO_CONNECTOR = (0, 24)
 """The minor release of vLLM from which to reset a KV connector that is not there counts as done."""
 
+RESTS_ASLEEP = (0, 24)
+"""That from which the scheduler rests until all memory is awake; 0.20.2 was read to go on with the first wake-up."""
+
 
 class Client:
     """An engine, and what its workers said.
@@ -185,7 +188,8 @@ class Client:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
         self._take_updates(self.engine.scheduled())
         self._reset(update)
-        self.engine.resume()
+        if not (self._asleep and self._goes_on_early):
+            self.engine.resume()
         self.restarted = self.doubtful = False
 
     def _reset(self, update: str | None) -> None:
@@ -196,9 +200,15 @@ class Client:
     @property
     def _connector(self) -> bool:
         """Whether a KV connector is to be reset too. Where there is none, vLLM before 0.24 calls that a failure."""
-        if self._started is None:
-            return (release(self.workers[0]["vllm"]) or NO_CONNECTOR) >= NO_CONNECTOR
-        return self._started.connector
+        return not self._older(NO_CONNECTOR) if self._started is None else self._started.connector
+
+    @property
+    def _goes_on_early(self) -> bool:
+        """Whether the scheduler would go on although some of the engine's memory sleeps."""
+        return self._older(RESTS_ASLEEP)
+
+    def _older(self, than: tuple[int, int]) -> bool:
+        return (release(self.workers[0]["vllm"]) or than) < than
 
     def _take_updates(self, scheduled: Mapping[str, int] | None = None) -> None:
         """Take note of what was in flight at updates; before an engine goes on, so that no response comes earlier."""
@@ -235,7 +245,12 @@ class Client:
         left = set() if tags is None else self._asleep - set(tags)
         if not left:
             self._may_go_on()
-        self.engine.wake_up(tags)
+        if not self._goes_on_early:
+            self.engine.wake_up(tags)
+        elif left:
+            self.call("nvfp4_wake_up", sorted(tags or ()))
+        else:
+            self.engine.wake_up(None)  # of what was woken up by that call it does not know
 
     @property
     def _asleep(self) -> set[str]:

@@ -316,6 +316,14 @@ class LiveWeights:
             state.live.keep()
         return state.status()
 
+    @_answers
+    def nvfp4_wake_up(self, tags: Sequence[str]) -> dict[str, Any]:
+        """Wake up a part of the memory while the scheduler rests, which vLLM before 0.24 would let go on."""
+        state, worker = _state(self), self
+        if wanted := sorted(state.asleep.parts.intersection(tags)):
+            live_asleep.wake_up(worker, wanted)
+        return state.status()
+
     def _nvfp4_sleeps(self, level: int) -> dict[str, Any]:
         """What is to be done before the worker sleeps, of its own accord or not; answers like a call."""
         answer = self.nvfp4_lost() if level == 2 else self.nvfp4_status()  # makes its state while there are weights
