@@ -81,6 +81,12 @@ class Client:
                 f"{self.engine.name} has nvfp4-qat {', '.join(others)}, which cannot talk to this version: install the "
                 "same version on both sides"
             )
+        if (sharing := max(worker["sharing"] for worker in workers)) > 1:
+            raise UserError(
+                f"{self.engine.name} is one of {sharing} data-parallel engines of a model with experts, each of which "
+                "computes some experts for all, so they would have to be updated as one; that is not supported: start "
+                "each without data_parallel_size (tensor_parallel_size and enable_expert_parallel may be used)"
+            )
         self.engine.suits(workers[0]["vllm"], self._in_flight)
         self._audit(workers)
         self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
@@ -119,8 +125,7 @@ class Client:
         if started.replicas > 1:
             raise UserError(
                 f"{self.engine.name} has {started.replicas} replicas (data_parallel_size), and calls bring the answers "
-                "of the first one only: start a server for each, as with `vllm serve --data-parallel-external-lb`, and "
-                "connect a list of them"
+                "of the first one only: start a server for each, without data_parallel_size, and connect a list of them"
             )
 
     def _not_for_live_weights(self, reason: str) -> UserError:

@@ -57,5 +57,24 @@ def started(config: Any) -> Started | None:
     return Started(_get(parallel, "worker_extension_cls") or "", backend, size, connector, sleeps)
 
 
+def place(config: Any) -> dict[str, Any]:
+    """Where a worker is among those of its own and other engines.
+
+    Args:
+        config: the worker's, a `VllmConfig`.
+
+    Returns:
+        Under "sharing" how many data-parallel engines compute each other's experts (1: this one alone), and under
+        "experts" what tells which experts a rank has.
+    """
+    parallel = _get(config, "parallel_config")
+    names = ("data_parallel_rank", "enable_expert_parallel", "expert_placement_strategy")
+    has_experts = bool(_get(_get(config, "model_config"), "is_moe"))
+    return {
+        "sharing": (_get(parallel, "data_parallel_size") or 1) if has_experts else 1,
+        "experts": [_get(parallel, name) for name in names] if has_experts else [],
+    }
+
+
 def _get(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

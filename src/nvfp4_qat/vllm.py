@@ -32,6 +32,7 @@ from .live_changes import Layout
 from .live_dummy import load_model
 from .live_engines import release
 from .live_memory import Shared, device_name, machine, process
+from .live_started import place
 from .live_vllm_adapters import without_adapters
 from .live_worker import State, WorkerCode
 
@@ -99,6 +100,7 @@ class LiveWeights:
             "machine": machine(),
             "process": process(),
             "device": device_name(state.live.device),
+            **place(getattr(worker, "vllm_config", None)),
             "quantized": state.code.quantized(state.live.model),
             **state.status(),
         }
