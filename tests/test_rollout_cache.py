@@ -7,9 +7,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from standin_async import AsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, AsyncLLM, of_seed, whole
+from standin_vllm import LLM, of_seed, whole
 
 from nvfp4_qat import vllm
 from nvfp4_qat.errors import MismatchError, UserError

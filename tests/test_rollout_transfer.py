@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from standin_async import AsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
 from standin_transfer import TransferWorker, installed, worker_class
-from standin_vllm import LLM, AsyncLLM, of_seed, whole
+from standin_vllm import LLM, of_seed, whole
 
 import nvfp4_qat as nq
 from nvfp4_qat import live_replies, rollout, vllm, vllm_plugin
