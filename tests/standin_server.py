@@ -82,7 +82,8 @@ class Server:
             core.do(setattr, core, "paused", False)
             return 200, {"status": "resumed"}
         if path == "/reset_prefix_cache":
-            done = core.do(core.reset, query.get("reset_running_requests", ["false"])[0] == "true")
+            asked = [query.get(f"reset_{what}", ["false"])[0] == "true" for what in ("running_requests", "external")]
+            done = core.do(core.reset, *asked)
             return 200, {"success": done} if self.told else None
         if path == "/reset_encoder_cache" and not self.earlier:
             return 200, core.do(core.reset_encoder)

@@ -7,13 +7,11 @@ from a cache that should have been reset, shows. Requests that come while the sc
 A worker's model runner (`standin_runner`) knows how many tokens, one a step, each request has.
 
 `LLM` takes the calls that `vllm.LLM` takes. With ``separate`` what goes to workers must be JSON, like what vLLM sends
-to another process without pickled code. `AsyncLLM` takes those of `vllm.AsyncLLM`, whose answers come through one event
-loop, and `EarlierAsyncLLM` those of 0.15, which holds requests back itself.
+to another process without pickled code.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import json
@@ -83,17 +81,24 @@ class Bare:
         self.code = start(model, weights)
         self.code.__class__ = Code
         self.graph = Graph(model)
-        self.model_runner = self.runner(model)
+        self.model_runner, self.gone = self.runner(model), set()
 
     def digest(self):
         return digest(self.graph.operands)
 
     def sleep(self, level):
+        assert not self.gone
+        self.gone = {"weights", "kv_cache"}
         if level == 2:  # vLLM saves buffers
             buffers = {b.data_ptr() for b in self.model_runner.get_model().buffers()}
             for tensor in self.graph.operands.values():
                 if tensor.data_ptr() not in buffers:
                     tensor.zero_()
+
+    def wake_up(self, tags):
+        woken = {"weights", "kv_cache"} if tags is None else set(tags)
+        assert woken <= self.gone, "mapped twice"
+        self.gone -= woken
 
 
 class Worker(Bare, LiveWeights):
@@ -108,7 +113,7 @@ class Request:
 
 
 class Core:
-    replicas, external_lb, rank_local = 1, False, None
+    replicas, external_lb, rank_local, sleep_mode = 1, False, None, False
 
     def __init__(self, workers):
         self.workers, self.paused, self.asleep, self.cache = workers, False, set(), {}
@@ -119,6 +124,10 @@ class Core:
         self.room = self.budget = None
         """How many requests are taken up in a step; how many steps there may be."""
         self.refused_resets = self.encoder_resets = 0
+        self.connector = None
+        """The contexts that a KV connector holds, by prompt; None: there is no connector."""
+        self.earlier = False
+        """As vLLM 0.20: to reset a connector that is not there fails, and any waking up lets the scheduler go on."""
         self._calls, self._pool = queue.SimpleQueue(), ThreadPoolExecutor(len(workers))
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -172,6 +181,8 @@ class Core:
                 worker_extension_cls=extension, data_parallel_size=self.replicas, data_parallel_size_local=1,
                 data_parallel_rank_local=self.rank_local, data_parallel_external_lb=self.external_lb,
             ),
+            model_config=SimpleNamespace(enable_sleep_mode=self.sleep_mode),
+            kv_transfer_config=None if self.connector is None else SimpleNamespace(kv_connector="OffloadingConnector"),
             weight_transfer_config=None if worker.backend is None else SimpleNamespace(backend=worker.backend),
         )  # fmt: skip
 
@@ -198,7 +209,7 @@ class Core:
         self.preempted.add(request.name)
         request.context = None
 
-    def reset(self, running):
+    def reset(self, running, connector=False):
         if running:
             for request in self.running:
                 request.context = None
@@ -206,9 +217,13 @@ class Core:
             self.waiting, self.running = self.running + self.waiting, []
         if self.running or self.refused_resets:
             self.refused_resets -= bool(self.refused_resets)
+            if running:
+                raise RuntimeError("Failed to reset KV cache even when all the running requests are preempted")
             return False
         self.cache.clear()
-        return True
+        if connector and self.connector is not None:
+            self.connector.clear()
+        return not (connector and self.connector is None and self.earlier)
 
     def reset_encoder(self):
         assert self.paused
@@ -216,14 +231,17 @@ class Core:
 
     def sleep(self, level, mode):
         self.pause(mode, level >= 1)
-        if level >= 1:
+        if level >= 1 and not self.asleep:
             self.asleep = {"weights", "kv_cache"}
             for worker in self.workers:
                 worker.sleep(level)
 
     def wake_up(self, tags):
-        self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
-        if not self.asleep:
+        if self.asleep and (tags is None or set(tags) <= self.asleep):
+            self.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
+            for worker in self.workers:
+                worker.wake_up(tags)
+        if self.earlier or not self.asleep:
             self.paused = False
 
     def _loop(self):
@@ -246,7 +264,7 @@ class Core:
     def _step(self):
         if self.paused:  # workers are still told what ended
             return self._tell([], [])
-        assert not self.asleep
+        assert not any(worker.gone for worker in self.workers)
         taken_up, self.waiting = self.waiting[: self.room], self.waiting[len(self.waiting[: self.room]) :]
         self.running += taken_up
         self._tell(taken_up, self.running)
@@ -254,7 +272,8 @@ class Core:
         now = [worker.digest() for worker in self.workers]
         for request in list(self.running):
             if request.context is None:
-                request.context = self.cache.setdefault(request.prompt, now)
+                held = {} if self.connector is None else self.connector
+                request.context = self.cache.setdefault(request.prompt, held.setdefault(request.prompt, now))
             request.steps.append([request.context, now])
             if len(request.steps) == request.length:
                 self.ended.add(request.name)
@@ -292,90 +311,10 @@ class LLM:
         self.core.do(self.core.wake_up, tags)
 
     def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
-        return self.core.do(self.core.reset, reset_running_requests)
+        return self.core.do(self.core.reset, reset_running_requests, reset_connector)
 
     def generate(self, prompts):
         return [answer.result(20) for answer in [self.core.add(prompt) for prompt in prompts]]
-
-
-class AsyncLLM:
-    """Its calls are coroutines of one loop: the one in which it was made or first used."""
-
-    def __init__(self, weights, tp=1, worker=Worker):
-        self.core = Core([worker(weights, place) for place in places(tp)])
-        self.calls, self.output_handler = [], None
-        try:
-            self._at_home()
-        except RuntimeError:
-            pass
-
-    @property
-    def vllm_config(self):
-        return self.core.vllm_config
-
-    def _at_home(self):
-        running = asyncio.get_running_loop()
-        if self.output_handler is None:
-            self.output_handler = running.create_task(asyncio.Event().wait())
-        assert self.output_handler.get_loop() is running, "attached to a different loop"
-        return running
-
-    async def _do(self, name, function, *arguments):
-        """The answer comes through the loop, and never if that is blocked."""
-        loop = self._at_home()
-        self.calls.append((name, *arguments))
-        return await loop.run_in_executor(None, self.core.do, function, *arguments)
-
-    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        assert timeout is None
-        return await self._do("rpc", self.core.rpc, method, *json.loads(json.dumps([args, kwargs])))
-
-    async def sleep(self, level=1, mode="abort"):
-        await self._do("sleep", self.core.sleep, level, mode)
-
-    async def wake_up(self, tags=None):
-        await self._do("wake_up", self.core.wake_up, tags)
-
-    async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
-        return await self._do("reset", self.core.reset, reset_running_requests)
-
-    async def reset_encoder_cache(self):
-        await self._do("reset_encoder", self.core.reset_encoder)
-
-    async def generate(self, prompt):
-        self._at_home()
-        return await asyncio.wrap_future(await self._do("add", self.core.add_now, prompt))
-
-
-class EarlierAsyncLLM(AsyncLLM):
-    """As in vLLM 0.15: its scheduler cannot be paused, so new requests wait here."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.open = asyncio.Event()
-        self.open.set()
-
-    async def pause_generation(self, *, wait_for_inflight_requests=False, clear_cache=True):
-        assert not wait_for_inflight_requests
-        self.open.clear()
-        await self._do("abort", self.core.abort)
-        if clear_cache:
-            await self.reset_prefix_cache()
-
-    async def resume_generation(self):
-        self.open.set()
-
-    reset_encoder_cache = None
-
-    async def sleep(self, level=1):
-        raise AssertionError("it would go on with requests")
-
-    async def wake_up(self, tags=None):
-        raise AssertionError("Executor is not sleeping.")
-
-    async def generate(self, prompt):
-        await self.open.wait()
-        return await super().generate(prompt)
 
 
 def whole(steps, versions):

@@ -8,9 +8,10 @@ import threading
 
 import pytest
 import torch
+from standin_async import AsyncLLM, EarlierAsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, AsyncLLM, EarlierAsyncLLM, Worker, of_seed, whole
+from standin_vllm import LLM, Worker, of_seed, whole
 
 import nvfp4_qat as nq
 from nvfp4_qat import rollout, vllm

@@ -52,6 +52,42 @@ def test_replicas_of_which_only_one_answers_are_refused():
         assert Rollout.connect(llm, trainer(1)[1]).versions == [None]
 
 
+def with_experts(llm, size=1, **parallel):
+    """Tell what vLLM tells its workers of a model with experts; of others it sets the size to 1."""
+    for worker in llm.core.workers:
+        worker.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(is_moe=True),
+            parallel_config=SimpleNamespace(data_parallel_size=size, enable_expert_parallel=True, **parallel),
+        )
+    return llm
+
+
+def test_engines_that_compute_each_others_experts_are_refused():
+    llm = with_experts(LLM(packed(0)), size=2, data_parallel_rank=1)
+    llm.core.replicas, llm.core.external_lb = 2, True
+    with pytest.raises(UserError, match="one of 2 data-parallel engines of a model with experts, .*updated as one"):
+        Rollout.connect([llm, LLM(packed(0))], trainer(1)[1])
+    assert Rollout.connect(with_experts(llm), trainer(1)[1]).versions == [None]
+    llm.core.workers[0].vllm_config.model_config.is_moe = False
+    llm.core.workers[0].vllm_config.parallel_config.data_parallel_size = 2
+    assert Rollout.connect(llm, trainer(1)[1]).versions == [None]
+
+
+def test_engines_with_other_experts_at_the_same_rank_are_not_compared():
+    model, plan = trainer(1)
+    llms = [with_experts(LLM(packed(0)), expert_placement_strategy=s) for s in ("linear", "linear", "round_robin")]
+    engines = Rollout.connect(llms, plan)
+    engines.sync(model)
+    for llm in llms[1:]:
+        checks = llm.core.workers[0]._nvfp4_state.live.checks
+        sums = {**checks.compared()[1], "layers.1.experts": -1}
+        checks.compared = lambda sums=sums: ([], sums)
+    with pytest.raises(MismatchError) as error:
+        engines.verify()
+    assert str(error.value).startswith("engine 1: version 1 differs from engine 0 in layers.1.experts;")
+    assert "engine 2" not in str(error.value)
+
+
 def test_an_engine_that_lost_its_extension_is_told_of_at_the_next_sync():
     model, plan = trainer(1)
     llm = LLM(packed(0))

@@ -44,8 +44,8 @@ def test_a_server_is_synced_by_its_development_endpoints(server, transport, told
     asked = [body["method"] if path == "/collective_rpc" else path for path, _, body in server.log]
     loads = {"shared": "nvfp4_load_shared", "broadcast": "nvfp4_load_broadcast"}[transport]
     assert asked[:3] == ["nvfp4_status", "nvfp4_begin", "/sleep"]
-    ending = ["nvfp4_commit", "nvfp4_updates", "/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
-    assert asked[-5:] == ending and set(asked[3:-5]) == {loads} and len(asked) > 8
+    ending = ["nvfp4_commit", "nvfp4_updates", "/reset_prefix_cache", "/reset_encoder_cache", "nvfp4_go_on", "/wake_up"]
+    assert asked[-6:] == ending and set(asked[3:-6]) == {loads} and len(asked) > 9
     queries = {path: query for path, query, _ in server.log}
     assert queries["/sleep"] == {"level": ["0"], "mode": ["abort"]} and queries["/wake_up"] == {"tags": ["scheduling"]}
     assert queries["/reset_prefix_cache"] == {"reset_running_requests": ["true"]}

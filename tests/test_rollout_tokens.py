@@ -7,10 +7,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from standin_async import AsyncLLM
 from standin_runner import First, Second
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, AsyncLLM, Worker, of_seed, whole
+from standin_vllm import LLM, Worker, of_seed, whole
 
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.live_in_flight import UPDATES

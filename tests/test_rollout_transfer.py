@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from standin_async import AsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
 from standin_transfer import TransferWorker, installed, worker_class
-from standin_vllm import LLM, AsyncLLM, of_seed, whole
+from standin_vllm import LLM, of_seed, whole
 
 import nvfp4_qat as nq
 from nvfp4_qat import live_replies, rollout, vllm, vllm_plugin
@@ -83,8 +84,9 @@ def test_a_server_is_synced_by_the_endpoints_of_weight_transfer(worker):
     server.log.clear()
     engines.sync(model)
     asked = [path for path, _, _ in server.log]
-    assert set(asked[:-3]) == {"/init_weight_transfer_engine", "/sleep"} and asked.index("/sleep") == 2
-    assert asked[-3:] == ["/reset_prefix_cache", "/reset_encoder_cache", "/wake_up"]
+    call = "/init_weight_transfer_engine"
+    assert set(asked[:-4]) == {call, "/sleep"} and asked.index("/sleep") == 2
+    assert asked[-4:] == ["/reset_prefix_cache", "/reset_encoder_cache", call, "/wake_up"]
     assert answered(server.llm, {seed: of_seed(seed, 2) for seed in range(2)}) == 1
     engines.verify(model)
     with pytest.raises(UserError, match="a weight-transfer engine does not see requests; start vLLM with the"):
@@ -360,3 +362,11 @@ def test_what_fails_in_the_plugin_is_logged_and_does_not_end_vllm(monkeypatch, c
         vllm_plugin.register()
     assert "could not register its weight-transfer engine with vLLM 0.33.0: vLLM will refuse the backend" in caplog.text
     assert "import of vllm.distributed.weight_transfer.factory halted" in caplog.text
+
+
+def test_an_engine_that_may_sleep_is_refused(worker):
+    llm = LLM(packed(0), worker=worker)
+    llm.core.sleep_mode = True
+    with pytest.raises(UserError, match="enable_sleep_mode, and a weight-transfer engine does not see when it sleeps"):
+        Rollout.connect(llm, trainer(1)[1])
+    assert Rollout.connect(LLM(packed(0), worker=worker), trainer(1)[1])

@@ -70,8 +70,9 @@ class AsyncEngine:
         else:
             self._do(self._llm.sleep, level=0, mode=in_flight)  # pause_generation would refuse requests (0.33)
 
-    def reset_cache(self) -> None:
-        until_reset(lambda: bool(self._do(self._llm.reset_prefix_cache, reset_running_requests=True)))
+    def reset_cache(self, connector: bool) -> None:
+        options = {"reset_running_requests": True, "reset_connector": connector}
+        until_reset(lambda: self._do(self._llm.reset_prefix_cache, **options))
         if not self._before:
             self._do(self._llm.reset_encoder_cache)
 

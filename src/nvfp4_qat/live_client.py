@@ -11,13 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import MismatchError, UserError
-from .live_engines import Engine, InFlight
+from .live_engines import Engine, InFlight, release
 from .live_replies import BACKEND, Transfer
 from .live_started import Started
 from .live_tokens import TokenVersions
 from .plan import QuantPlan
 
 EXTENSION = "nvfp4_qat.vllm.LiveWeights"
+
+NO_CONNECTOR = (0, 24)
+"""The minor release of vLLM from which to reset a KV connector that is not there counts as done."""
+
+RESTS_ASLEEP = (0, 24)
+"""That from which the scheduler rests until all memory is awake; 0.20.2 was read to go on with the first wake-up."""
 
 
 class Client:
@@ -41,12 +47,12 @@ class Client:
         self._transfer = Transfer(engine, address)
         self._way: Engine | Transfer = engine
         """How calls get to the workers."""
+        self._started: Started | None = None
         self.workers: list[dict[str, Any]] = []
         """What each worker said of itself."""
         self.restarted = False
         """Whether it was started anew since its last complete update from here."""
         self.tokens = TokenVersions(engine.name)
-        self._asleep: set[str] = set()
         self.drifted: list[str] = []
         """Layers that somebody had altered when the last update of changes began."""
         self.doubtful = False
@@ -75,6 +81,12 @@ class Client:
                 f"{self.engine.name} has nvfp4-qat {', '.join(others)}, which cannot talk to this version: install the "
                 "same version on both sides"
             )
+        if (sharing := max(worker["sharing"] for worker in workers)) > 1:
+            raise UserError(
+                f"{self.engine.name} is one of {sharing} data-parallel engines of a model with experts, each of which "
+                "computes some experts for all, so they would have to be updated as one; that is not supported: start "
+                "each without data_parallel_size (tensor_parallel_size and enable_expert_parallel may be used)"
+            )
         self.engine.suits(workers[0]["vllm"], self._in_flight)
         self._audit(workers)
         self.restarted = bool(self.workers) and _instances(self.workers) != _instances(workers)
@@ -85,7 +97,7 @@ class Client:
 
     def _hello(self) -> list[dict[str, Any]]:
         """What the workers say, by the extension or by the weight-transfer engine, whichever the engine has."""
-        started = self.engine.started()
+        started = self._started = self.engine.started()
         if started is not None:
             self._suits(started)
         with_backend = started is not None and started.extension != EXTENSION and started.backend == BACKEND
@@ -105,11 +117,15 @@ class Client:
         if not started.extension and started.backend != BACKEND:
             backend = "" if started.backend is None else f", and with the weight-transfer backend {started.backend!r}"
             raise self._not_for_live_weights(f"it was started without a worker extension{backend}")
+        if started.sleeps and started.extension != EXTENSION and started.backend == BACKEND:
+            raise UserError(
+                f"{self.engine.name} has enable_sleep_mode, and a weight-transfer engine does not see when it sleeps: "
+                f'start it with worker_extension_cls="{EXTENSION}" instead of weight_transfer_config'
+            )
         if started.replicas > 1:
             raise UserError(
                 f"{self.engine.name} has {started.replicas} replicas (data_parallel_size), and calls bring the answers "
-                "of the first one only: start a server for each, as with `vllm serve --data-parallel-external-lb`, and "
-                "connect a list of them"
+                "of the first one only: start a server for each, without data_parallel_size, and connect a list of them"
             )
 
     def _not_for_live_weights(self, reason: str) -> UserError:
@@ -149,6 +165,7 @@ class Client:
         self, update: str, version: int, wire: list[list[Any]], remember: bool = False, base: str | None = None
     ) -> None:
         """Announce an update; the engine goes on answering with what it has."""
+        self._awake()
         answers = self.call("nvfp4_begin", update, version, wire, remember, base)
         self.drifted = sorted({layer for answer in answers for layer in answer["drifted"]})
 
@@ -175,9 +192,28 @@ class Client:
         if self.version != version:
             raise MismatchError(f"its workers have versions {[w['version'] for w in self.workers]}, not all {version}")
         self._take_updates(self.engine.scheduled())
-        self.engine.reset_cache()
-        self.engine.resume()
+        self._reset(update)
+        if not (self._asleep and self._goes_on_early):
+            self.engine.resume()
         self.restarted = self.doubtful = False
+
+    def _reset(self, update: str | None) -> None:
+        """Have the engine forget what the weights before an update computed; nothing else may let it go on."""
+        self.engine.reset_cache(self._connector)
+        self._note(self.call("nvfp4_go_on", update))
+
+    @property
+    def _connector(self) -> bool:
+        """Whether a KV connector is to be reset too. Where there is none, vLLM before 0.24 calls that a failure."""
+        return not self._older(NO_CONNECTOR) if self._started is None else self._started.connector
+
+    @property
+    def _goes_on_early(self) -> bool:
+        """Whether the scheduler would go on although some of the engine's memory sleeps."""
+        return self._older(RESTS_ASLEEP)
+
+    def _older(self, than: tuple[int, int]) -> bool:
+        return (release(self.workers[0]["vllm"]) or than) < than
 
     def _take_updates(self, scheduled: Mapping[str, int] | None = None) -> None:
         """Take note of what was in flight at updates; before an engine goes on, so that no response comes earlier."""
@@ -189,9 +225,8 @@ class Client:
         Raises:
             UserError: the weights are asleep, incomplete, or those that the engine was started with.
         """
-        if "weights" in self._asleep:
-            raise UserError(f"{self.engine.name} sleeps, and its weights with it: call wake_up first")
         self.refresh()
+        self._awake()
         if not all(worker["whole"] for worker in self.workers):
             raise UserError(f"{self.engine.name} has incomplete weights: sync before you verify")
         if self.version is None:
@@ -208,19 +243,44 @@ class Client:
         if level == 2:
             self._note(self.call("nvfp4_lost"))
         self.engine.sleep(level)
-        self._asleep = {"weights", "kv_cache"}
 
     def wake_up(self, tags: Sequence[str] | None) -> None:
         """Give the engine its memory again; with the last of it the scheduler goes on, so its weights must be whole."""
         self.refresh()
         left = set() if tags is None else self._asleep - set(tags)
-        if not left and not all(worker["whole"] for worker in self.workers):
+        if not left:
+            self._may_go_on()
+        if not self._goes_on_early:
+            self.engine.wake_up(tags)
+        elif left:
+            self.call("nvfp4_wake_up", sorted(tags or ()))
+        else:
+            self.engine.wake_up(None)  # of what was woken up by that call it does not know
+
+    @property
+    def _asleep(self) -> set[str]:
+        """What of its memory sleeps, by whomever it was put to sleep, when last asked."""
+        return {part for worker in self.workers for part in worker["asleep"]}
+
+    def _awake(self) -> None:
+        if "weights" in self._asleep:
+            raise UserError(
+                f"{self.engine.name} sleeps, and its weights with it: call wake_up first, with ['weights'] for a sync"
+            )
+
+    def _may_go_on(self) -> None:
+        """Refuse to let the engine answer from a mixture, and have it forget old results that it may still hold."""
+        if any(worker["updating"] for worker in self.workers):
+            raise UserError(
+                f"{self.engine.name} would go on in the middle of an update: let it end, or sync if its sender is gone"
+            )
+        if not all(worker["whole"] for worker in self.workers):
             raise UserError(
                 f"{self.engine.name} would go on with incomplete weights: call wake_up(['weights']) and sync first, "
                 "and only then wake up the rest"
             )
-        self.engine.wake_up(tags)
-        self._asleep = left
+        if any(worker["stale"] for worker in self.workers):
+            self._reset(self.workers[0]["completed"])
 
     def close(self) -> None:
         """Listen to no worker any more, until the next call."""

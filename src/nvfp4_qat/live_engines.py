@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from .errors import MismatchError, UserError
@@ -23,6 +23,9 @@ InFlight = Literal["abort", "keep"]
 
 ATTEMPTS = 20
 """How often the prefix cache is asked to be reset; it may have to wait for blocks that are being moved."""
+
+REFUSED = "Failed to reset KV cache"
+"""How vLLM's message begins when it cannot reset the prefix cache; also over HTTP, with status 500."""
 
 
 TIMEOUT = 300.0
@@ -80,10 +83,13 @@ class Engine(Protocol):
             in_flight: "abort" ends requests that are being answered; "keep" lets them wait with the others.
         """
 
-    def reset_cache(self) -> None:
+    def reset_cache(self, connector: bool) -> None:
         """Forget what was computed with the weights of before, outputs of vision encoders too.
 
         Kept requests compute their context anew.
+
+        Args:
+            connector: whether a KV connector is to forget its blocks too, as those offloaded to the CPU.
 
         Raises:
             MismatchError: the engine did not do it.
@@ -140,8 +146,8 @@ class LocalEngine:
     def pause(self, in_flight: InFlight) -> None:
         self._llm.sleep(level=0, mode=in_flight)
 
-    def reset_cache(self) -> None:
-        until_reset(lambda: bool(self._llm.reset_prefix_cache(reset_running_requests=True)))
+    def reset_cache(self, connector: bool) -> None:
+        until_reset(lambda: self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=connector))
         self._llm.llm_engine.reset_encoder_cache()
 
     def resume(self) -> None:
@@ -204,15 +210,19 @@ class PausedBefore:
             )
 
 
-def until_reset(reset: Any) -> None:
+def until_reset(reset: Callable[[], Any]) -> None:
     """Try to reset a prefix cache, a few times; blocks may be held a moment longer.
 
     Raises:
         MismatchError: it was refused every time.
     """
     for attempt in range(ATTEMPTS):
-        if reset():
-            return
+        try:
+            if reset():
+                return
+        except Exception as error:  # what other processes raise has vLLM's text and no type
+            if REFUSED not in str(error):
+                raise
         time.sleep(0.01 * attempt)
     raise MismatchError(
         "the engine did not reset its prefix cache, which holds results of the old weights: blocks are still in use, "

@@ -75,13 +75,14 @@ class HttpEngine:
             "/pause?clear_cache=false" if self._before else f"/sleep?{urlencode({'level': 0, 'mode': in_flight})}"
         )
 
-    def reset_cache(self) -> None:
-        until_reset(self._reset)
+    def reset_cache(self, connector: bool) -> None:
+        until_reset(lambda: self._reset(connector))
         if not self._before:
             self._post("/reset_encoder_cache")
 
-    def _reset(self) -> bool:
-        answer = self._post("/reset_prefix_cache?reset_running_requests=true")
+    def _reset(self, connector: bool) -> bool:
+        external = "&reset_external=true" if connector else ""
+        answer = self._post(f"/reset_prefix_cache?reset_running_requests=true{external}")
         return not isinstance(answer, dict) or bool(answer.get("success", True))  # 0.24 does not say
 
     def resume(self) -> None:

@@ -39,7 +39,8 @@ def altered(clients: Sequence[Client]) -> tuple[list[Exception], list[Client]]:
             problems.append(_wrong(client, f"was altered after it had been updated, in {some(sorted(drifted))}"))
         different: dict[Client, set[str]] = {}
         for worker, answer in zip(client.workers, answers, strict=True):
-            key = (answer["version"], len(answers), worker["rank"], worker["vllm"], answer["layout"])
+            place = (len(answers), worker["rank"], str(worker["experts"]))
+            key = (answer["version"], place, worker["vllm"], answer["layout"])
             other, sums, told = first.setdefault(key, (client, answer["checksums"], drifted))
             layers = {name for name, number in answer["checksums"].items() if sums.get(name) != number}
             different.setdefault(other, set()).update(layers - drifted - told)

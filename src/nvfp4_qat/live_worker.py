@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import live_asleep
 from .errors import UserError
 from .live_broadcast import Group
 from .live_changes import PIECE_NAME, Layout, from_pieces, places
@@ -39,6 +40,8 @@ class State:
 
     def __init__(self, worker: Any) -> None:
         check_settings(worker)
+        self.asleep = live_asleep.of(worker)
+        self.asleep.check()
         device = torch.empty(0, device=worker.device).device  # with its index
         whole = worker._nvfp4_model()
         model = without_adapters(whole)
@@ -51,6 +54,8 @@ class State:
         """Of the last complete update; None: there was none since the engine started."""
         self.completed: str | None = None
         """The name of that update. No other has it, while trainers may give the same version to different weights."""
+        self.stale = False
+        """Whether the engine may hold results of the weights before those of the last complete update."""
         self.notes = Notes()
         self.extra_bytes = 0
         """Of GPU memory that the last complete update needed at its peak, beyond what was allocated before."""
@@ -76,6 +81,8 @@ class State:
             "completed": self.completed,
             "whole": self.live.whole,
             "updating": self.update is not None,
+            "stale": self.stale,
+            "asleep": sorted(self.asleep.parts),
             "group": self.group_name,
             "extra_bytes": self.extra_bytes,
             "graph_bytes": self.live.quick.graphs.nbytes,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import live_asleep
 from .errors import UserError
 from .live_broadcast import Group, meet
 from .live_buckets import Places, tensors_in
@@ -31,12 +32,13 @@ from .live_changes import Layout
 from .live_dummy import load_model
 from .live_engines import release
 from .live_memory import Shared, device_name, machine, process
+from .live_started import place
 from .live_worker import State, WorkerCode
 
 SUPPORTED = ((0, 15), (0, 33))
 """The first and the last minor release of vLLM that this was tried with; docs/vllm.md says how."""
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Of the calls: both sides must have the same."""
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class LiveWeights:
         instance: Any = super().__new__(cls)
         if hasattr(cls, "load_model"):  # an extension may not define what workers have
             instance.load_model = functools.partial(load_model, instance)
+        live_asleep.watch(instance)
         return instance
 
     def _nvfp4_model(self) -> nn.Module:
@@ -97,6 +100,7 @@ class LiveWeights:
             "machine": machine(),
             "process": process(),
             "device": device_name(state.live.device),
+            **place(getattr(worker, "vllm_config", None)),
             "quantized": state.code.quantized(state.live.model),
             **state.status(),
         }
@@ -129,6 +133,7 @@ class LiveWeights:
             Under "drifted" the layers that somebody altered since, which will be asked for whole.
         """
         state = _state(self)
+        state.asleep.check()
         if state.version is not None and version <= state.version:
             raise UserError(
                 f"version {version} is not newer than {state.version}, which this engine has: weights go one way. "
@@ -234,9 +239,23 @@ class LiveWeights:
         state.live.commit()
         state.finished()
         state.notes.take(self, state.version, state.coming)
-        state.version, state.completed = state.coming, state.update
+        state.version, state.completed, state.stale = state.coming, state.update, True
         state.extra_bytes = state.watched()
         state.forget()
+        return state.status()
+
+    @_answers
+    def nvfp4_go_on(self, completed: str | None) -> dict[str, Any]:
+        """Take note that the engine's caches were reset since an update, after which it is to go on.
+
+        Args:
+            completed: the name of that update; if there is another one now, its sender lets the engine go on.
+        """
+        state = _state(self)
+        updating = state.update is not None and state.comparison is None
+        if updating or state.completed != completed:
+            raise UserError("another update began meanwhile: the engine goes on when that has ended")
+        state.stale = False
         return state.status()
 
     @_answers
@@ -256,6 +275,7 @@ class LiveWeights:
     def nvfp4_verify(self) -> dict[str, Any]:
         """Which layers are not what the last complete update left, and the checksum of each; see `live_checks`."""
         state = _state(self)
+        state.asleep.check()
         drifted, checksums = state.live.checks.compared() if state.live.whole else ([], {})
         layout = state.live.checks.layout()
         return {"drifted": drifted, "checksums": checksums, "layout": layout, **state.status()}
@@ -270,6 +290,7 @@ class LiveWeights:
             incoming: as for an update.
         """
         state = _state(self)
+        state.asleep.check()
         if state.update is not None:
             raise UserError("an update goes on: weights are compared when it has ended")
         if state.version != version:
@@ -293,8 +314,25 @@ class LiveWeights:
     def nvfp4_lost(self) -> dict[str, Any]:
         """The weights are about to go, as when sleeping at level 2: only a complete update brings them back."""
         state = _state(self)
-        state.live.keep()
+        if "weights" not in state.asleep.parts:  # else vLLM leaves them as they are
+            state.live.keep()
         return state.status()
+
+    @_answers
+    def nvfp4_wake_up(self, tags: Sequence[str]) -> dict[str, Any]:
+        """Wake up a part of the memory while the scheduler rests, which vLLM before 0.24 would let go on."""
+        state, worker = _state(self), self
+        if wanted := sorted(state.asleep.parts.intersection(tags)):
+            live_asleep.wake_up(worker, wanted)
+        return state.status()
+
+    def _nvfp4_sleeps(self, level: int) -> dict[str, Any]:
+        """What is to be done before the worker sleeps, of its own accord or not; answers like a call."""
+        answer = self.nvfp4_lost() if level == 2 else self.nvfp4_status()  # makes its state while there are weights
+        state: State | None = self.__dict__.get("_nvfp4_state")
+        if state is not None:
+            state.give_up()
+        return answer
 
 
 def _supported(found: str | None) -> None:

@@ -65,7 +65,7 @@ def controlled(engine: Any) -> None:
     engine.suits(VLLM, "abort")
     assert engine.call("nvfp4_status", "a", 1) == [{"ok": 1}]
     engine.pause("abort")
-    engine.reset_cache()
+    engine.reset_cache(connector=True)
     engine.resume()
     if EARLIER:
         for refused in (lambda: engine.suits(VLLM, "keep"), lambda: engine.sleep(1), lambda: engine.wake_up(None)):
@@ -100,7 +100,7 @@ def test_async_engines() -> None:
         llm = async_llm()
         controlled(AsyncEngine(llm, "the engine", 10.0, loop))
         assert_controlled(llm, by_position=False)
-        llm.reset_prefix_cache.assert_awaited_once_with(reset_running_requests=True)
+        llm.reset_prefix_cache.assert_awaited_once_with(reset_running_requests=True, reset_connector=True)
         llm.collective_rpc.assert_awaited_once_with("nvfp4_status", args=("a", 1))
 
 
@@ -164,7 +164,7 @@ def test_servers() -> None:
     with served(llm) as url:
         controlled(HttpEngine(url, 10.0))
     assert_controlled(llm, by_position=True)
-    assert llm.reset_prefix_cache.mock_calls == [call(True, False)]
+    assert llm.reset_prefix_cache.mock_calls == [call(True, True)]
     assert llm.collective_rpc.await_count == 1
     sent = llm.collective_rpc.mock_calls[0].kwargs
     assert (sent["method"], sent["args"]) == ("nvfp4_status", ("a", 1))
@@ -173,7 +173,7 @@ def test_servers() -> None:
 @pytest.mark.parametrize("family", some("qwen3"))
 @pytest.mark.parametrize("place", ["alone"])
 def test_engines_tell_how_they_were_started(engine: Engine) -> None:
-    from vllm.config import ParallelConfig
+    from vllm.config import KVTransferConfig, ParallelConfig
 
     llm = async_llm()
     llm.vllm_config = config = engine.config
@@ -196,6 +196,9 @@ def test_engines_tell_how_they_were_started(engine: Engine) -> None:
         ):
             config.parallel_config = ParallelConfig(**parallel)
             assert [one.started() for one in engines] == [found] * 3
+        config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+        config.model_config.enable_sleep_mode = True
+        assert [one.started() for one in engines] == [Started("", None, 1, connector=True, sleeps=True)] * 3
         assert HttpEngine(f"{url}/elsewhere", 1.0).started() is None
 
 

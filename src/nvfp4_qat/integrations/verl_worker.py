@@ -7,12 +7,10 @@ complete or an error, and CUDA graphs go on with the memory that they have. Adap
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from ..errors import MismatchError
 from ..vllm import LiveWeights
 from .verl_stream import Update, held
 
@@ -21,11 +19,6 @@ class QATColocateWorkerExtension(vLLMColocateWorkerExtension, LiveWeights):  # t
     """verl's extension, for engines that hold 4-bit weights."""
 
     _is_qat_model: bool
-
-    def __new__(cls, **options: Any) -> Any:
-        instance = super().__new__(cls, **options)
-        instance.sleep = functools.partial(_sleep, instance)  # an extension may not define what workers have
-        return instance
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
@@ -53,11 +46,5 @@ class QATColocateWorkerExtension(vLLMColocateWorkerExtension, LiveWeights):  # t
             state = self.__dict__["_nvfp4_state"]
             print(f"nvfp4-qat: {held(state.code, state.live.model)}", flush=True)
 
-
-def _sleep(worker: Any, level: int = 1, **options: Any) -> Any:
-    """Sleep as vLLM does; what no update brings back is kept before level 2 discards it."""
-    if level == 2 and worker._is_qat_model:
-        answer = worker.nvfp4_lost()
-        if "error" in answer:
-            raise MismatchError(f"{answer['error']} ({answer.get('kind')})")
-    return type(worker).sleep(worker, level, **options)
+    def _nvfp4_sleeps(self, level: int) -> dict[str, Any]:
+        return super()._nvfp4_sleeps(level) if self._is_qat_model else {}
