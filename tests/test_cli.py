@@ -141,6 +141,7 @@ def test_verify_names_what_was_changed(checkpoint, tmp_path, capsys):
         (["no-such-command"], "invalid choice"),
         (["plan"], "required: --model"),
         (["plan", "--model", "tiny", "--jso"], "unrecognized arguments: --jso"),
+        (["plan", "--model", "tinny"], "no model 'tinny': did you mean 'tiny'?"),
         (["plan", "--model", "./no-such-model"], "no model directory ./no-such-model"),
         (["plan", "--model", "tiny", "--config", "none.yaml"], "cannot read none.yaml"),
         (["plan", "--model", "tiny", "--global-scale", "pow3"], "global_scale must be one of pow2, amax"),
