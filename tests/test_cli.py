@@ -154,6 +154,8 @@ def test_verify_names_what_was_changed(checkpoint, tmp_path, capsys):
         (["demo", "--steps", "many"], "invalid int value: 'many'"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
         (["demo", "--arms", "bf16,int4"], "arms must be some of bf16, noqat, qat, qat-ffn"),
+        (["demo", "--model", "small", "--out", "run"], "its warm-up of up to 20,000 steps takes days on a CPU. Give "),
+        (["demo", "--model", "small-moe", "--rollout", "builtin"], "the model 'small-moe' is for a GPU: "),
         (["demo", "--task", "chess", "--out", "run"], "unknown task 'chess'"),
     ],
 )
@@ -238,6 +240,11 @@ def test_demo_options_reach_the_demo(monkeypatch, tmp_path, capsys):
         name: options[name](value) for name, value in values.items()
     }
     assert (cfg.out, cfg.arms, cfg.resume, cfg.progress) == (tmp_path, ("qat", "bf16"), True, False)
+
+    for more in (("--rollout", "vllm"), ("--warmup-steps", "20000")):  # where its warm-up does not take a CPU days
+        seen.clear()
+        run(capsys, "demo", "--model", "small", *more)
+        assert len(seen) == 1
 
     seen.clear()
     run(capsys, "demo", "--model", "smollm2", "--tis", "none")

@@ -331,11 +331,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
-    from .demo_config import DemoConfig
+    from .demo_config import FOR_A_GPU, DemoConfig
 
     out: Path = args.out or Path("runs") / f"demo-{Path(args.model).name}"
     given = {name: getattr(args, name) for name in ("arms", *(row[0] for row in DEMO_SETTINGS)) if hasattr(args, name)}
     cfg = DemoConfig.for_model(args.model, out, resume=args.resume, progress=not args.quiet, **given)
+    if cfg.model in FOR_A_GPU and cfg.rollout == "builtin" and "warmup_steps" not in given:
+        raise UserError(
+            f"the model '{cfg.model}' is for a GPU: its warm-up of up to {cfg.warmup_steps:,} steps takes days on a "
+            "CPU. Give --rollout vllm on a machine with a GPU, a number of --warmup-steps, or --model tiny"
+        )
     try:
         summary = run_demo(cfg)
     except KeyboardInterrupt:
