@@ -167,6 +167,21 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert err.startswith("nvfp4-qat") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "--gpu", "8"), "--gpu 8 (did you mean --gpus?)"),
+        (("demo", "--step=3"), "--step=3 (did you mean --steps?)"),
+        (("plan", "extra"), "extra"),
+        (("plan", "--xyzzy", "--json"), "--xyzzy"),
+    ],
+)
+def test_an_unknown_option_points_to_the_help_of_its_command(arguments, said, capsys):
+    command, *rest = arguments
+    message = f"nvfp4-qat {command}: unrecognized arguments: {said}; see nvfp4-qat {command} --help\n"
+    assert run(capsys, command, "--model", "tiny", *rest) == (2, "", message)
+
+
 def test_w4a4_says_it_is_not_there_yet(tmp_path, capsys):
     (tmp_path / "w4a4.yaml").write_text("qat: {mode: w4a4}\n")
     code, _, err = run(capsys, "plan", "--model", "tiny", "--config", tmp_path / "w4a4.yaml")
