@@ -59,12 +59,13 @@ class QuantPlan:
             The plan.
 
         Raises:
-            UserError: a pattern splits a fusion group; a tied output head would be quantized; nothing is left to
-                quantize; the model's checkpoint has a layout that cannot be written.
+            UserError: the config is none; a pattern splits a fusion group; a tied output head would be quantized;
+                nothing is left to quantize; the model's checkpoint has a layout that cannot be written.
 
         Warns:
             UserWarning: a pattern that is not one of the defaults matches no weight.
         """
+        QATConfig.check(config)
         inventory = take_inventory(model)
         quantized, skipped, slices = decide(inventory, config)
         return cls(config, quantized, skipped, slices, inventory.parameters, inventory.head)
