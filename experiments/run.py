@@ -11,6 +11,7 @@ status is 0 when everything is done, and 3 when there is more to do.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import signal
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all(experiment: Experiment, out: Path, args: argparse.Namespace, interrupts: Interrupts) -> int:
     runs = experiment.chosen(args.runs, args.seeds)
+    _require(experiment, runs, out)
     deadline = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
     slots = [gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()]
     pool, done = Pool(slots, out, deadline, interrupts), True
@@ -66,6 +68,16 @@ def _all(experiment: Experiment, out: Path, args: argparse.Namespace, interrupts
     check_starts(experiment, runs, out)
     collect(experiment, out, args.results / experiment.name)
     return 0 if done else UNFINISHED
+
+
+def _require(experiment: Experiment, runs: Sequence[Run], out: Path) -> None:
+    """Say what is missing before a process is started that would not find it."""
+    if not any(experiment.config(run, out).rollout == "vllm" for run in runs):
+        return
+    if not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "these runs need an NVIDIA GPU and vLLM: pip install '.[vllm,demo]' on a machine with an H100 or H200"
+        )
 
 
 def _stages(

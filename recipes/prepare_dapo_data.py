@@ -29,8 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:
+    print("prepare_dapo_data needs pyarrow: pip install '.[verl]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 Row = dict[str, Any]
 

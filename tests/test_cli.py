@@ -141,6 +141,7 @@ def test_verify_names_what_was_changed(checkpoint, tmp_path, capsys):
         (["no-such-command"], "invalid choice"),
         (["plan"], "required: --model"),
         (["plan", "--model", "tiny", "--jso"], "unrecognized arguments: --jso"),
+        (["plan", "--model", "tinny"], "no model 'tinny': did you mean 'tiny'?"),
         (["plan", "--model", "./no-such-model"], "no model directory ./no-such-model"),
         (["plan", "--model", "tiny", "--config", "none.yaml"], "cannot read none.yaml"),
         (["plan", "--model", "tiny", "--global-scale", "pow3"], "global_scale must be one of pow2, amax"),
@@ -153,6 +154,8 @@ def test_verify_names_what_was_changed(checkpoint, tmp_path, capsys):
         (["demo", "--steps", "many"], "invalid int value: 'many'"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
         (["demo", "--arms", "bf16,int4"], "arms must be some of bf16, noqat, qat, qat-ffn"),
+        (["demo", "--model", "small", "--out", "run"], "its warm-up of up to 20,000 steps takes days on a CPU. Give "),
+        (["demo", "--model", "small-moe", "--rollout", "builtin"], "the model 'small-moe' is for a GPU: "),
         (["demo", "--task", "chess", "--out", "run"], "unknown task 'chess'"),
     ],
 )
@@ -162,6 +165,21 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("nvfp4-qat") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "--gpu", "8"), "--gpu 8 (did you mean --gpus?)"),
+        (("demo", "--step=3"), "--step=3 (did you mean --steps?)"),
+        (("plan", "extra"), "extra"),
+        (("plan", "--xyzzy", "--json"), "--xyzzy"),
+    ],
+)
+def test_an_unknown_option_points_to_the_help_of_its_command(arguments, said, capsys):
+    command, *rest = arguments
+    message = f"nvfp4-qat {command}: unrecognized arguments: {said}; see nvfp4-qat {command} --help\n"
+    assert run(capsys, command, "--model", "tiny", *rest) == (2, "", message)
 
 
 def test_w4a4_says_it_is_not_there_yet(tmp_path, capsys):
@@ -237,6 +255,11 @@ def test_demo_options_reach_the_demo(monkeypatch, tmp_path, capsys):
         name: options[name](value) for name, value in values.items()
     }
     assert (cfg.out, cfg.arms, cfg.resume, cfg.progress) == (tmp_path, ("qat", "bf16"), True, False)
+
+    for more in (("--rollout", "vllm"), ("--warmup-steps", "20000")):  # where its warm-up does not take a CPU days
+        seen.clear()
+        run(capsys, "demo", "--model", "small", *more)
+        assert len(seen) == 1
 
     seen.clear()
     run(capsys, "demo", "--model", "smollm2", "--tis", "none")

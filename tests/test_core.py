@@ -28,6 +28,23 @@ def test_disabled_does_nothing_and_says_so():
         nq.qat_plan(model)
 
 
+@pytest.mark.parametrize("config", [{"enable": True}, None, "w4a16"])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda config: nq.apply_qat(stack(), config),
+        lambda config: nq.QuantPlan.from_model(stack(), config),
+        lambda config: nq.QATQuantizer(config),
+    ],
+    ids=["apply_qat", "plan", "quantizer"],
+)
+def test_what_is_no_config_is_refused_with_how_to_make_one(take, config):
+    with pytest.raises(nq.UserError, match=r"^config must be a QATConfig") as caught:
+        take(config)
+    made = eval(str(caught.value).partition(": ")[2], {"nvfp4_qat": nq})
+    assert made == ON
+
+
 def test_twice_is_refused():
     model = stack()
     nq.apply_qat(model, ON)

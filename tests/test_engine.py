@@ -1,5 +1,7 @@
 """The rollout engine: what it accepts, and that it samples from the distribution the trainer computes."""
 
+import inspect
+
 import pytest
 import torch
 from helpers_rl import TOKENIZER, micro_model
@@ -160,6 +162,24 @@ def test_tokens_come_as_often_as_their_probability_says():
     # Five standard deviations of a binomial count, for each of 99 tokens.
     assert ((counts - expected).abs() <= 5 * (expected * (1 - probabilities)).sqrt() + 1).all()
     assert probabilities.max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_under_the_name_that_transformers_has_for_it(monkeypatch, name):
+    model, passed = micro_model(), []
+    expected = loaded(model).generate(PROMPTS, 4, 6, seed=1)
+    forward = type(model).forward
+    own = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def renamed(self, **arguments):
+        passed.append(name in arguments and (name == own or own not in arguments))
+        return forward(self, **{own if key == name else key: value for key, value in arguments.items()})
+
+    taken = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD) for key in ("self", "input_ids", name)]
+    renamed.__signature__ = inspect.Signature(taken)
+    monkeypatch.setattr(type(model), "forward", renamed)
+    assert loaded(model).generate(PROMPTS, 4, 6, seed=1) == expected
+    assert len(passed) == 6 and all(passed)
 
 
 def test_left_pad():

@@ -1,5 +1,6 @@
 """How an experiment's processes end, and what a command refuses."""
 
+import importlib.util
 import json
 import math
 import os
@@ -230,3 +231,18 @@ def test_a_run_that_another_command_is_at_work_on(finished, tmp_path, capsys):
         assert not (tmp_path / "out" / "logs").exists()  # and nothing has been started
         assert run.main(command(tmp_path, "--runs", "bf16")) == 0  # others are free
     assert run.main(command(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_vllm_needs_is_said_before_anything_is_started(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    monkeypatch.setattr(run, "Pool", lambda *_: pytest.fail("something is to be started"))
+    (tmp_path / "x.yaml").write_text(CONFIG.replace("bf16}", "bf16, rollout: vllm}"))
+    assert run.main(command(tmp_path)) == 2
+    done = capsys.readouterr()
+    assert done.out == "" and done.err == (
+        "error: these runs need an NVIDIA GPU and vLLM: pip install '.[vllm,demo]' on a machine with an H100 or H200\n"
+    )
+    assert not (tmp_path / "out").exists()

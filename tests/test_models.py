@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from nvfp4_qat import models
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.models import TINY_LETTERS, load_model, tiny_tokenizer
 
@@ -93,6 +94,38 @@ def test_a_wheel_without_its_file_says_so(monkeypatch, tmp_path):
 def test_a_missing_directory_is_not_looked_up_on_the_hub(spec):
     with pytest.raises(UserError, match="no model directory"):
         load_model(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("tinny", "no model 'tinny': did you mean 'tiny'? Give "),
+        ("Small-MoE", "no model 'Small-MoE': did you mean 'small-moe'? Give "),
+        ("smolm2", "no model 'smolm2': did you mean 'smollm2'? Give "),
+        ("qwen3-8", "no model 'qwen3-8': did you mean 'Qwen/Qwen3-8B'? Give "),
+        ("qwen/qwen3-8b", "no model 'qwen/qwen3-8b': did you mean 'Qwen/Qwen3-8B'? Give "),
+        (
+            "QWEN/Qwen2.5-7b",
+            "no model 'QWEN/Qwen2.5-7b': did you mean 'Qwen/Qwen2.5-7B'? Give ",
+        ),
+        ("elephant", "no model 'elephant': give "),
+    ],
+)
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_misspelt_name_is_told_without_asking_the_hub(spec, said, meta, monkeypatch):
+    monkeypatch.setattr(models, "_pretrained", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(UserError) as caught:
+        load_model(spec, meta=meta)
+    known = "'smollm2', 'tiny', 'tiny-moe', 'small', 'small-moe'"
+    assert str(caught.value) == f"{said}a directory, a hub id as publisher/name, or one of {known}"
+
+
+@pytest.mark.parametrize("spec", ["Qwen/Qwen3-8B", "somebody/Qwen3-8B", "Qwen/Qwen3-8", "some/tinny", "gpt2"])
+def test_what_may_be_on_the_hub_is_looked_for(spec, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "_pretrained", lambda *given: asked.append(given[0]) or loaded)
+    loaded = models.LoadedModel(torch.nn.Identity(), None, "", "")
+    assert load_model(spec) is loaded and asked == [spec]
 
 
 def test_a_directory_without_a_model(tmp_path):

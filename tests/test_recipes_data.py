@@ -144,3 +144,11 @@ def test_without_a_network_it_says_what_to_set(tmp_path: Path) -> None:
     assert "set HF_ENDPOINT to a mirror that this machine reaches, or give --from-folder" in done.stderr
     done = bash("prepare_dapo_data.sh", "--from-folder", str(tmp_path), DATA_DIR=str(tmp_path / "out"))
     assert done.returncode == 2 and "looked for data/dapo-math-17k.parquet, BytedTsinghua-SIA/DAPO" in done.stderr
+
+
+def test_what_reads_parquet_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "pyarrow.py").write_text("raise ImportError")
+    done = bash("prepare_dapo_data.sh", PYTHONPATH=str(tmp_path), DATA_DIR=str(tmp_path / "data"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "prepare_dapo_data needs pyarrow: pip install '.[verl]'\n"
+    assert not (tmp_path / "data").exists()

@@ -6,6 +6,7 @@ stderr. Nothing heavy is imported before a command needs it, so ``--help`` is qu
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = build_parser().parse_args(argv)
+        args = _parsed(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command: Callable[[argparse.Namespace], int] = args.command
@@ -100,6 +101,20 @@ class _Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Say which arguments are not known, and the option that the first one may have meant."""
+        first = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        close = difflib.get_close_matches(first, [name for name in self._option_string_actions if len(name) > 2], n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # argparse would point to the help of the whole program
+        args.parser.refuse(unknown)
+    return args
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; needs no torch."""
@@ -121,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog="\n".join(["examples:", *(f"  {PROGRAM} {name} {example}".rstrip() for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(command=run)
+        command.set_defaults(command=run, parser=command)
         return command
 
     plan = add(
@@ -331,11 +346,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
-    from .demo_config import DemoConfig
+    from .demo_config import FOR_A_GPU, DemoConfig
 
     out: Path = args.out or Path("runs") / f"demo-{Path(args.model).name}"
     given = {name: getattr(args, name) for name in ("arms", *(row[0] for row in DEMO_SETTINGS)) if hasattr(args, name)}
     cfg = DemoConfig.for_model(args.model, out, resume=args.resume, progress=not args.quiet, **given)
+    if cfg.model in FOR_A_GPU and cfg.rollout == "builtin" and "warmup_steps" not in given:
+        raise UserError(
+            f"the model '{cfg.model}' is for a GPU: its warm-up of up to {cfg.warmup_steps:,} steps takes days on a "
+            "CPU. Give --rollout vllm on a machine with a GPU, a number of --warmup-steps, or --model tiny"
+        )
     try:
         summary = run_demo(cfg)
     except KeyboardInterrupt:

@@ -90,6 +90,16 @@ class QATConfig:
                 self._external()
 
     @classmethod
+    def check(cls, config: object) -> None:
+        """Raise `UserError` for what is not a `QATConfig`."""
+        if isinstance(config, Mapping):
+            raise UserError(f"config must be a QATConfig: nvfp4_qat.QATConfig(**{dict(config)})")
+        if not isinstance(config, cls):
+            raise UserError(
+                f"config must be a QATConfig, not {type(config).__name__}: nvfp4_qat.QATConfig(enable=True)"
+            )
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QATConfig:
         """Build a config from a mapping, such as a parsed YAML block.
 

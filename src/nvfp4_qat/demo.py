@@ -34,8 +34,9 @@ from .machine import available_cores, circumstances, versions
 from .models import LoadedModel, load_model
 from .report import write_report
 from .rl import train_arm, trainer_device
+from .run_files import read_summary
 from .runlog import ArmLog, Row, replace_file
-from .starting_weights import KEY, Start, begin
+from .starting_weights import KEY, Start, begin, read_config
 from .tasks import Task, make_task
 from .vllm_engine import facts, require_vllm
 
@@ -52,7 +53,7 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     Raises:
         UserError: a package or a GPU is missing, the directory holds something else or another process works in it, a
             resumed run has other settings or would begin from other weights, or there is no such model or task. Nothing
-            has been written then.
+            has been written then. Or a file of the run or the cache is damaged; no step has been lost then.
         KeyboardInterrupt: passed on after summary and report of the finished steps have been written.
     """
     _check_packages()
@@ -150,7 +151,6 @@ def _check_packages() -> None:
 
 def _check_directory(cfg: DemoConfig) -> None:
     """Refuse a directory that is neither empty, nor new, nor the same run's that is to be resumed."""
-    path = cfg.out / "config.json"
     identity = json.loads(json.dumps(cfg.identity()))
     if cfg.out.exists() and not cfg.out.is_dir():
         raise UserError(f"{cfg.out} is a file: give another directory")
@@ -158,9 +158,9 @@ def _check_directory(cfg: DemoConfig) -> None:
     if occupied and not cfg.resume:
         raise UserError(f"{cfg.out} is not empty: give another directory, or continue the run in it with --resume")
     if occupied:
-        if not path.is_file():
+        if not (cfg.out / "config.json").is_file():
             raise UserError(f"{cfg.out} holds no run to resume (no config.json): give another directory")
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_config(cfg.out)
         names = saved.keys() - {KEY} | identity.keys()
         differing = sorted(name for name in names if saved.get(name) != identity.get(name))
         if differing:
@@ -170,9 +170,7 @@ def _check_directory(cfg: DemoConfig) -> None:
 
 def _circumstances(cfg: DemoConfig) -> list[dict[str, Any]]:
     """Those of the pieces of a run that have been computed."""
-    path = cfg.out / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found: list[dict[str, Any]] = summary.get("circumstances", [])
+    found: list[dict[str, Any]] = read_summary(cfg.out).get("circumstances", [])
     return found
 
 

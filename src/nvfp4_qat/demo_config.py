@@ -197,6 +197,9 @@ _SMALL = {
     "eval_every": 20,
 }
 
+FOR_A_GPU = ("small", "small-moe")
+"""Models whose warm-up takes a CPU days."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {},
     "tiny-moe": {},

@@ -12,6 +12,7 @@ log-probabilities came out equal to the bit.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,6 +115,9 @@ class RolloutEngine:
                 copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
             ).eval()
         self._stop_ids = sorted(set(stop_ids))
+        # What transformers calls the KV cache; the older name still works in newer ones, with a warning.
+        taken = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"
         self._weights = dict(self._model.state_dict(keep_vars=True))
         owners: dict[int, str] = {}
         for name, tensor in self._weights.items():
@@ -254,7 +258,7 @@ class RolloutEngine:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{self._cache_name: cache},
             use_cache=True,
             logits_to_keep=1,
         )

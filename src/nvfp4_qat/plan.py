@@ -60,12 +60,14 @@ class QuantPlan:
             The plan.
 
         Raises:
-            UserError: a pattern splits a fusion group; a tied output head would be quantized, or holds data of its own;
-                nothing is left to quantize; the model's checkpoint has a layout that cannot be written.
+            UserError: the config is none; a pattern splits a fusion group; a tied output head would be quantized, or
+                holds data of its own; nothing is left to quantize; the model's checkpoint has a layout that cannot be
+                written.
 
         Warns:
             UserWarning: a pattern that is not one of the defaults matches no weight.
         """
+        QATConfig.check(config)
         inventory = take_inventory(model)
         if (problem := inventory.tie_problem()) is not None:
             raise UserError(problem)

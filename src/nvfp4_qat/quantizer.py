@@ -187,6 +187,7 @@ class QATQuantizer:
     """
 
     def __init__(self, config: QATConfig, plan: QuantPlan | None = None, layout: Layout = "checkpoint") -> None:
+        QATConfig.check(config)
         _check_layout(layout)
         if layout == "fused" and plan is None:
             raise UserError('layout "fused" needs a plan: pass plan=QuantPlan.from_model(model, config)')

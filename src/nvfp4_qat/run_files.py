@@ -125,15 +125,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"there is no directory {folder}; give the --out of a run of nvfp4-qat demo")
     files = {p.name.removeprefix("metrics-").removesuffix(".jsonl"): p for p in folder.glob("metrics-*.jsonl")}
     rows = {name: [{"step": i, **row} for i, row in enumerate(read_rows(path))] for name, path in files.items()}
-    summary_file = folder / "summary.json"
-    summary: dict[str, Any] = {}
-    if summary_file.exists():
-        try:
-            summary = json.loads(summary_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{summary_file} is not JSON ({error}); without it the metrics alone will do") from None
-        if not isinstance(summary, dict) or not isinstance(summary.get("arms", {}), dict):
-            raise UserError(f"{summary_file} is not the summary of a run; without it the metrics alone will do")
+    summary = read_summary(folder)
     entries = summary.get("arms", {})
     names = {name for name, r in rows.items() if r} | set(entries)
     if not names:
@@ -141,6 +133,24 @@ def load_run(folder: Path) -> Run:
     order = {name: i for i, name in enumerate(ARMS)}
     ordered = sorted(names, key=lambda name: (order.get(name, len(order)), name))
     return Run([Arm(n, rows.get(n, []), entries.get(n) or {}) for n in ordered], summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What ``summary.json`` of the run in a directory holds; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise UserError(f"{path} is not JSON ({error}): delete it; the metrics alone will do") from None
+    if not isinstance(summary, dict) or not isinstance(summary.get("arms", {}), dict):
+        raise UserError(f"{path} is not the summary of a run: delete it; the metrics alone will do")
+    return summary
 
 
 def number(value: Any) -> float:

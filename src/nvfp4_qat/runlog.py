@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .damaged import read_saved
 from .errors import MismatchError
 from .interrupts import held_back
 from .jsonl import Row, append_rows, read_rows
@@ -62,13 +63,16 @@ class ArmLog:
         Returns:
             What `step` saved, with the number of finished steps under ``"step"``; None to start from the beginning, or
             if the arm is finished.
+
+        Raises:
+            UserError: the checkpoint is damaged. Nothing has been forgotten then.
         """
         for leftover in self._checkpoint.parent.glob(f".{self._checkpoint.name}.*.part"):
             leftover.unlink()
         state = None
         if len(self.rows) < steps:
             if self._checkpoint.exists():
-                state = torch.load(self._checkpoint, weights_only=True)
+                state = read_saved(self._checkpoint, {"step", "optimizer"}, "delete it; the arm begins anew")
             if state is not None and state["step"] > len(self.rows):  # someone removed lines
                 state = None
             start = int(state["step"]) if state is not None else 0

@@ -18,6 +18,13 @@ def shipped() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
+def hub_ids() -> list[str]:
+    """The names of the models, as the hub has them."""
+    return [
+        f"{publisher}/{name}" for name in shipped() for publisher, first in PUBLISHERS.items() if name.startswith(first)
+    ]
+
+
 def shipped_config(spec: str) -> Any | None:
     """The configuration of a model.
 

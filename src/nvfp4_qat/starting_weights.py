@@ -4,7 +4,6 @@ Settings do not tell. Weights that were warmed up follow from the GPU, the numbe
 file in the cache is named by all of these), and a model's own files may change.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .damaged import read_object
 from .demo_config import DemoConfig
 from .errors import UserError
 from .models import LoadedModel
@@ -44,13 +44,23 @@ class Start:
     @classmethod
     def read(cls, folder: Path) -> "Start | None":
         """Of the run in a directory; None where it has not come that far, or there is none."""
-        config = folder / "config.json"
-        saved = json.loads(config.read_text(encoding="utf-8")).get(KEY) if config.is_file() else None
+        saved = read_config(folder).get(KEY)
         return None if saved is None else cls(**saved)
 
     def entry(self) -> dict[str, Any]:
         """What ``config.json`` holds of it."""
         return {KEY: asdict(self)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` of the run in a directory holds; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "config.json"
+    mend = f"without it nobody knows what the run in {folder} was begun with, so start again in another directory"
+    return read_object(path, mend) if path.is_file() else {}
 
 
 def check_same(starts: Mapping[str, Start], file: Path | None) -> None:

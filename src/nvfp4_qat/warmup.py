@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .damaged import read_saved
 from .demo_config import DemoConfig
 from .engine import Sample
 from .machine import versions
@@ -61,6 +62,7 @@ def warm_up(
         Whether there was anything to train.
 
     Raises:
+        UserError: what is in the cache is damaged.
         KeyboardInterrupt: passed on after what is finished has been saved.
     """
     if cfg.warmup_steps == 0:
@@ -68,8 +70,9 @@ def warm_up(
     device = torch.device(device)
     path = warmup_file(cfg, task, model, device)
     if path.is_file():
+        weights = read_saved(path, set(model.state_dict()), "delete it; the warm-up is made again")
         partial_file(path).unlink(missing_ok=True)  # of a process that was killed between the two
-        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        model.load_state_dict(weights)
         return False
     model.to(device)
     held_out = _answers(tokenizer, task, HELD_OUT, f"held-out/{cfg.weights_seed}").to(device)

@@ -5,17 +5,15 @@ now and then and on Ctrl-C, and is gone at the end. What cannot be read, or belo
 """
 
 import hashlib
-import pickle
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from .damaged import read_saved
+from .errors import UserError
 from .masters import MasterAdamW
 from .runlog import save_file
 from .tensor_digest import digest
@@ -41,13 +39,11 @@ class Partial:
     def _load(self) -> int:
         if not self._path.is_file():
             return 0
-        state: Any = None
-        if zipfile.is_zipfile(self._path):
-            with suppress(RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
-                state = torch.load(self._path, weights_only=True, map_location="cpu")
+        state: dict[str, Any] | None = None
+        with suppress(UserError):
+            state = read_saved(self._path, {"of", "step", "optimizer", "digest"}, "")
         # torch.load does not look at checksums: without one of our own a damaged block would become weights.
-        whole = isinstance(state, dict) and state.keys() >= {"of", "step", "optimizer", "digest"}
-        if not whole or state["of"] != self._of or state["digest"] != _digest(state["step"], state["optimizer"]):
+        if state is None or state["of"] != self._of or state["digest"] != _digest(state["step"], state["optimizer"]):
             warnings.warn(f"{self._path} is damaged or another warm-up's: beginning anew", stacklevel=2)
             return 0
         self._optimizer.load_state_dict(state["optimizer"])
