@@ -1,6 +1,5 @@
-"""How an engine was started, from its configuration: by which way its workers can be called, how many replicas it
-has, what else holds KV blocks,
-and whether it may sleep.
+"""How an engine was started, from its configuration: by which way its workers can be called, how many replicas it has,
+what else holds KV blocks, and whether it may sleep.
 
 This is read and not tried, because what a worker raises is not harmless. `MultiprocExecutor.collective_rpc` of vLLM
 (0.15 to 0.33) then returns before it has read the answers of the workers after that one, and each later call gets the

@@ -151,7 +151,8 @@ class PackedWeight:
 
     def moved(self) -> None:
         """The module was moved or cast: let go of what is kept on a device where its weight no longer is."""
-        if self.shard is None and self.value is not None and self.value.packed.device != self.master().device:
+        shown = self.shown()
+        if self.value is not None and shown is not None and self.value.packed.device != shown.device:
             self.value = self.seen = self._reader = None
             self.group.family.forget()
 
