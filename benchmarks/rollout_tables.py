@@ -45,6 +45,10 @@ def rollout(rows: Sequence[Row]) -> Section | None:
         "from the CPU: from the GPU one reload of Qwen3-30B-A3B had not ended after four minutes, tried once, without "
         "a row). Extra memory is what was allocated at the peak of a sync, by the trainer in the same process too."
     )
+    if apart := sorted({name.rpartition(".")[2] for r in reloads.values() for name in r["reload_tensors_that_differ"]}):
+        text += f" After a reload {' and '.join(f'`{name}`' for name in apart)} differ from what a sync left"
+        unread = all(name.endswith("input_global_scale") for name in apart)
+        text += ": scales of activations, which W4A16 neither writes nor reads." if unread else "."
     return Section("New weights for an engine", text, markdown(head, lines))
 
 

@@ -296,11 +296,18 @@ def test_a_reload_stands_beside_the_syncs_of_its_run():
         times = {"seconds": seconds, "seconds_samples": [seconds], "first_seconds": 3.0}
         return row(commit, "everything", **times, bytes=10**9, extra_bytes=10**6)
 
-    reload = row("a", "reload", reload_seconds=0.6, reload_seconds_samples=[0.5, 0.7])
+    times = {"reload_seconds": 0.6, "reload_seconds_samples": [0.5, 0.7]}
+    reload = row("a", "reload", **times, reload_tensors_that_differ=[])
     cells = rollout([synced("a", 0.1), reload]).table.splitlines()[2].split(" | ")
     assert cells[2:4] == ["everything", "0.100 (0.100–0.100)"] and cells[7] == "0.600 (0.500–0.700)"
     cells = rollout([reload, synced("b", 0.2)]).table.splitlines()[2].split(" | ")
     assert cells[3] == "0.200 (0.200–0.200)" and cells[7] == "–"  # that reload was another run's
+    assert "differ" not in rollout([synced("a", 0.1), reload]).text
+    names = [f"model.layers.{i}.mlp.experts.{name}_input_global_scale" for i in range(2) for name in ("w13", "w2")]
+    told = rollout([synced("a", 0.1), {**reload, "reload_tensors_that_differ": names}]).text
+    assert "`w13_input_global_scale` and `w2_input_global_scale` differ from what a sync left: scales of act" in told
+    told = rollout([synced("a", 0.1), {**reload, "reload_tensors_that_differ": [*names[:1], "lm_head.weight"]}]).text
+    assert told.endswith(" `w13_input_global_scale` and `weight` differ from what a sync left.")
 
 
 def empty_page(folder: Path) -> Path:
