@@ -33,6 +33,7 @@ TABLE = {
     "table_ptr": "*i64",
     "out_ptr": "*i32",
     "amax_ptr": "*i32",
+    "moved_ptr": "*i32",
     "differs_ptr": "*i32",
     "gathered_ptr": "*u8",
     "g_ptr": "*fp32",
@@ -80,17 +81,18 @@ def single(target: int) -> dict[str, str]:
 def many(target: int) -> dict[str, str]:
     """The kernels for many tensors."""
     result = {}
-    for dtype, (_, name) in launch.DTYPES.items():
-        types = TABLE | {f"out{i}": f"*{name.name}" for i in range(multi_unpack.OUTS)}
+    for dtype, (_, type_) in launch.DTYPES.items():
+        types = TABLE | {f"out{i}": f"*{type_.name}" for i in range(multi_unpack.OUTS)}
         amax, pack, unpack = (
             {"BLOCKS": t.blocks, "STEPS": t.steps, "PROGRAMS": t.share}
             for t in (multi.AMAX, multi.PACK, multi_unpack.UNPACK)
         )
-        values, words = {"DTYPE": launch.VALUES[dtype]}, {"DTYPE": name}
+        values, words = {"DTYPE": launch.VALUES[dtype]}, {"DTYPE": type_}
         kernel = multi_kernels.multi_quantize_kernel
         result[f"amax many {dtype}"] = ptx(multi_kernels.multi_amax_kernel, types, amax | values, target)
-        result[f"quantize many {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": False}, target)
-        result[f"quantize many with amax {dtype}"] = ptx(kernel, types, pack | words | {"AMAX": True}, target)
+        for name, options in {"": (False, False), " with amax": (True, False), " that moved": (False, True)}.items():
+            chosen = pack | words | dict(zip(("AMAX", "MOVED"), options, strict=True))
+            result[f"quantize many{name} {dtype}"] = ptx(kernel, types, chosen, target)
         result[f"compare many {dtype}"] = ptx(multi_kernels.multi_compare_kernel, types, pack | words, target)
         result[f"dequantize many {dtype}"] = ptx(multi_kernels.multi_dequantize_kernel, types, unpack | words, target)
     return result

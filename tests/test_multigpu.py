@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from distributed import checkpoints, experts, features, gpu, hsdp, misuse, own_gather, sync, traffic, training, writes
+from distributed import (
+    checkpoints,
+    experts,
+    features,
+    gpu,
+    hsdp,
+    misuse,
+    own_gather,
+    settling,
+    sync,
+    traffic,
+    training,
+    writes,
+)
 from helpers_distributed import cases, group
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -14,7 +27,7 @@ training_of_two = group(training, world=2, device="cuda")
 features_of_two = group(features, experts, world=2, device="cuda")
 traffic_of_two = group(traffic, world=2, device="cuda")
 states_of_two = group(checkpoints, sync, world=2, device="cuda")
-safety_of_two = group(misuse, writes, world=2, device="cuda")
+safety_of_two = group(misuse, settling, writes, world=2, device="cuda")
 own_gather_of_two = group(own_gather, world=2, device="cuda")
 hsdp_of_four = group(hsdp, own_gather, traffic, world=4, device="cuda")
 
@@ -44,7 +57,7 @@ def test_states(states_of_two, name):
     states_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(misuse, writes, world=2))
+@pytest.mark.parametrize("name", cases(misuse, settling, writes, world=2))
 def test_safety(safety_of_two, name):
     safety_of_two.check(name)
 

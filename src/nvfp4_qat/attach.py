@@ -2,16 +2,19 @@
 
 Hooks on each quantized module see to it that state dicts hold plain tensors (a checkpoint loads without this package)
 and that loaded ones are gathered in 4 bits again, also after ``load_state_dict(assign=True)``. One hook on the model
-refuses a forward in which some weight would be used unquantized, and one on all `torch.optim` optimizers tells that
-weights changed.
+refuses a forward in which some weight would be used unquantized, and those on all `torch.optim` optimizers tell that
+weights changed. What packing left to be looked at (`Gather.settle`) is, at the latest, at a forward's end and before a
+step.
 """
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .adapters import mark_gathered
 from .fsdp import ShardedMaster, plain_tensor
@@ -43,8 +46,11 @@ def attach(model: nn.Module, plan: QuantPlan, keep: bool = False) -> Gather:
             if parameter is not None and id(parameter) in replaced:  # wherever it is tied to
                 module._parameters[name] = replaced[id(parameter)]
     model.register_forward_pre_hook(_before_forward)
+    model.register_forward_hook(_after_forward)
     model._nvfp4_gather = gather  # type: ignore[assignment]
+    _attached.add(gather)
     if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_optimizer_step))
         _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
     return gather
 
@@ -85,18 +91,35 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         gather.check_sharded()
 
 
+def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    gather = module.__dict__.get("_nvfp4_gather")
+    if isinstance(gather, Gather) and not torch.compiler.is_compiling():
+        gather.settle()
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not all(gather.settled for gather in _attached):
+        for gather in {weight.gather for weight in _trained(optimizer)}:
+            gather.settle()
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     gathers: set[Gather] = set()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:  # the base of LoRA, given to the optimizer with all the rest
-                continue
-            shard = getattr(parameter, "_local_tensor", None)
-            if isinstance(shard, ShardedMaster) and isinstance(shard.weight, GatherWeight):
-                shard.weight.note()
-                gathers.add(shard.weight.gather)
+    for weight in _trained(optimizer):
+        weight.note()
+        gathers.add(weight.gather)
     for gather in gathers:
         gather.after_step()
 
 
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[GatherWeight]:
+    """The gathered weights that an optimizer changes: not the base of LoRA, given to it with all the rest."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            shard = getattr(parameter, "_local_tensor", None) if parameter.requires_grad else None
+            if isinstance(shard, ShardedMaster) and isinstance(shard.weight, GatherWeight):
+                yield shard.weight
+
+
 _hooks: list[Any] = []
+_attached: "weakref.WeakSet[Gather]" = weakref.WeakSet()

@@ -18,6 +18,10 @@ program. What happens on some ranks only, because FSDP2 pads shards there, is no
 memory that PyTorch does not see (a foreign kernel, a collective on the local tensor) need `nvfp4_qat.refresh`; the next
 sync or export notices them.
 
+A weight that cannot be quantized (NaN) is an error in the forward that packs it, on every rank: by its third gather, by
+its end, or before the optimizer's step, whichever comes first, so that the host need not wait for the device until then
+(`ShardPacker.settle`).
+
 Streams. A gather may run on another stream than the one that packed or the one that wrote the weights. Packing waits
 for the writers and for all readers of the bytes that it replaces; a gather waits for the packing.
 
@@ -26,24 +30,27 @@ has no such path for extensions), compiled autograd.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import gather_param
 from .errors import MismatchError, UserError
 from .fsdp import Memory, ShardedMaster
-from .gather_unit import ROOM, TOKEN, GatherUnit
+from .gather_groups import check_group, param_groups, room
+from .gather_unit import GatherUnit
 from .naming import canonical_name
 from .plan import QuantizedTensor, QuantPlan
 from .shard_packer import ShardPacker
-from .shards import Shard, Unit, aligned
+from .shards import Shard, Unit
 from .streams import StreamOrder
+
+AHEAD = 2
+"""Gathers after one that packs, by which the packed weights are looked at: the device has more to do meanwhile."""
 
 
 class GatherWeight:
@@ -155,6 +162,8 @@ class Gather:
         self.units: list[GatherUnit] = []
         self.streams = StreamOrder()
         self._packer: ShardPacker | None = None
+        self._gathers = 0
+        """Since the last packing."""
         self._handed_out: list[_HandedOut] = []
 
     @property
@@ -192,8 +201,32 @@ class Gather:
         unit = weight.unit
         assert unit is not None
         if unit.stale:
-            self._pack()
+            self._pack(wait=False)
+        else:
+            self._gathers += 1
+            if self._gathers == AHEAD:
+                self.settle()
         self.streams.reads()
+
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` has nothing to do."""
+        return self._packer is None or self._packer.settled
+
+    def settle(self) -> None:
+        """Look at the weights that were packed without waiting for the device.
+
+        Raises:
+            UserError: one cannot be quantized, on every rank; the next gather packs all of them again.
+        """
+        if self.settled:
+            return
+        try:
+            self.packer.settle()
+        except UserError:
+            for unit in self.units:
+                unit.stale = True
+            raise
 
     def refresh(self) -> None:
         """Pack all weights from their masters. Collective.
@@ -211,17 +244,19 @@ class Gather:
         for unit in self.units:
             unit.release()
         if any(s.mesh is not None and s.mesh.size() > s.world for unit in self.units for s in unit.packed.shards):
-            self._pack()
+            self._pack(wait=False)
 
-    def _pack(self) -> None:
-        """Pack what is stale."""
+    def _pack(self, wait: bool = True) -> None:
+        """Pack what is stale; ``wait`` as for `ShardPacker.pack`."""
+        self.settle()
+        self._gathers = 0
         stale = [unit for unit in self.units if unit.stale]
         # Not seen by dispatch modes: see `fusion.packing`.
         with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             self.streams.before_packing()
             for unit in stale:
                 unit.version += 1  # also if packing fails half-way
-            packed = {id(unit) for unit in self.packer.pack([unit.packed for unit in stale])}
+            packed = {id(unit) for unit in self.packer.pack([unit.packed for unit in stale], wait)}
             self.streams.packed()
         for unit in self.units:
             if id(unit.packed) in packed and not unit.stale:
@@ -238,6 +273,7 @@ class Gather:
     def agree(self) -> None:
         """Pack if any rank has seen a change. Collective."""
         self._find_units()
+        self.settle()
         self._look_at_handed_out()
         flags = torch.tensor([int(unit.stale) for unit in self.units], dtype=torch.int32, device=self.packer.device)
         for unit, flag in zip(self.units, self.packer.reduced(flags).tolist(), strict=True):
@@ -284,16 +320,16 @@ class Gather:
         if model is None:
             raise UserError("the model that apply_qat was called on is gone")
         units: list[tuple[Any, list[tuple[Any, GatherWeight]], Unit]] = []
-        for group in _param_groups(model):
+        for group in param_groups(model):
             # FSDP2 may replace shards at its first use, on ranks with padding only. Let it do so now, on all of them.
             group.lazy_init()
             found = [(p, w) for p in group.fsdp_params if (w := self._weight_of(p)) is not None]
             if not found:
                 continue
-            _check_group(group, found)
+            check_group(group, found)
             shards = [self._shard(p, w) for p, w in found]
             with torch.inference_mode(False):  # training may follow
-                units.append((group, found, Unit(shards, group.device, _room(group, found))))
+                units.append((group, found, Unit(shards, group.device, room(group, found))))
         found_names = {w.name for _, found, _ in units for _, w in found}
         missing = [name for name in self.weights if name not in found_names]
         if missing:
@@ -331,44 +367,6 @@ class Gather:
         rank = getattr(info, "shard_mesh_rank", 0)
         mesh = fsdp_param.sharded_param.device_mesh
         return Shard(entry.name, entry.shape, entry.batch_dims, entry.group, mesh, world, rank, weight.master)
-
-
-def _param_groups(model: nn.Module) -> Iterator[Any]:
-    """The FSDP2 parameter groups of a model, each once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.12 and later
-            for group in [state._fsdp_param_group] if groups is None else groups:
-                if group is not None and id(group) not in seen:
-                    seen.add(id(group))
-                    yield group
-
-
-def _room(group: Any, found: Iterable[tuple[Any, GatherWeight]]) -> int:
-    """Bytes of this rank that FSDP2 gathers for a unit besides the packed ones; 0 if they are too many."""
-    quantized = {id(fsdp_param) for fsdp_param, _ in found}
-    others = [p for p in group.fsdp_params if id(p) not in quantized]
-    sizes = [p.padded_sharded_param_size.numel() * (p.param_dtype or p.orig_dtype).itemsize for p in others]
-    room = aligned(TOKEN + sum(sizes))
-    return room if room <= ROOM else 0
-
-
-def _check_group(group: Any, found: Iterable[tuple[Any, GatherWeight]]) -> None:
-    for fsdp_param, weight in found:
-        if group.post_forward_mesh_info is not None and group.post_forward_mesh_info != group.mesh_info:
-            raise UserError(
-                f"{weight.name} is sharded with reshard_after_forward=<int>, which FSDP2 does not implement for "
-                "tensors that are gathered in another form: use True or False"
-            )
-        if fsdp_param.fsdp_placement.dim != 0:
-            raise UserError(
-                f"{weight.name} is sharded on dim {fsdp_param.fsdp_placement.dim}: blocks of 16 along the last "
-                "dimension share a scale, and shards are packed where they lie. Shard on dim 0."
-            )
-        if fsdp_param.is_dtensor:
-            raise UserError(f"{weight.name} is also sharded by tensor or expert parallelism, which is not supported")
 
 
 def gather_of(model: nn.Module) -> Gather | None:

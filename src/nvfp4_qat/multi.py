@@ -187,13 +187,13 @@ class Packs(_Tensors):
     ) -> None:
         super().__init__(tensors, items, first, (packed, scale), tiles, kernels)
 
-    def only(self, indices: Sequence[int], tensors: Sequence[Tensor] | None = None) -> "Packs":
-        """The same for some of the tensors, given by their places in the list; ``tensors``: all, after `release`."""
-        some = [[values[i] for i in indices] for values in (tensors or self._tensors, *self._results)]
+    def only(self, indices: Sequence[int]) -> "Packs":
+        """The same for some of the tensors, given by their places in the list."""
+        some = [[values[i] for i in indices] for values in (self._tensors, *self._results)]
         items, first = [self._items[i] for i in indices], [self._first[i] for i in indices]
         return Packs(some[0], items, first, some[1], some[2], tiles=self._tiles, kernels=self._kernels)
 
-    def __call__(self, g: Tensor, amax: Tensor | None = None) -> None:
+    def __call__(self, g: Tensor, amax: Tensor | None = None, moved: Tensor | None = None) -> None:
         """Pack part j of tensor i with ``g[first[i] + j]``.
 
         Args:
@@ -201,11 +201,16 @@ class Packs(_Tensors):
             amax: None, or contiguous int32 as for `Amaxes`, to take the maximum with from the same reading. A
                 power-of-two g rarely moves, so packing with the last step's is nearly always right; the caller packs
                 again those whose g moved.
+            moved: None, or contiguous int32, one for each number in g: parts where it is 0 may be left as they are.
+                The kernels read it on the device; only tensors that go alone wait for it.
         """
         assert g.is_contiguous() and g.dtype == torch.float32
         assert amax is None or (amax.is_contiguous() and amax.dtype == torch.int32)
+        assert moved is None or (moved.is_contiguous() and moved.dtype == torch.int32)
         for i in self._alone:
             w, n, part = self._tensors[i], self._items[i], self._part(i)
+            if moved is not None and not moved[part].any():
+                continue
             codes, scale = (r[i].view(n, -1, size) for r, size in zip(self._results, (CODES, 1), strict=True))
             if amax is not None:
                 _join_amax(w, amax[part])
@@ -216,8 +221,9 @@ class Packs(_Tensors):
             with launch.on_device(g):
                 for table in self._tables:
                     multi_kernels.multi_quantize_kernel[table.grid](
-                        table.rows, g, g if amax is None else amax, AMAX=amax is not None, **table.options
-                    )
+                        table.rows, g, g if amax is None else amax, g if moved is None else moved,
+                        AMAX=amax is not None, MOVED=moved is not None, **table.options,
+                    )  # fmt: skip
 
     def compare(self, g: Tensor, differs: Tensor) -> None:
         """Find out what a call would change, without changing it.

@@ -104,15 +104,23 @@ def multi_quantize_kernel(
     table_ptr,
     g_ptr,
     amax_ptr,
+    moved_ptr,
     DTYPE: tl.constexpr,
     AMAX: tl.constexpr,
+    MOVED: tl.constexpr,
     BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Codes and E4M3 bytes of every span; with ``AMAX`` also what `multi_amax_kernel` does, from the same reading."""
+    """Codes and E4M3 bytes of every span; with ``AMAX`` also what `multi_amax_kernel` does, from the same reading.
+
+    With ``MOVED`` only spans of items whose number there is not 0: where few are, the rest takes a launch's time.
+    """
     row_ptr, start, count, index = _share(table_ptr, BLOCKS, STEPS, PROGRAMS)
     address, codes, scales = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
+    if MOVED:
+        if tl.load(moved_ptr + index) == 0:
+            count = 0
     if start < count:
         # A span's codes start at a multiple of a block's 8 bytes, its block scales anywhere.
         w_ptr, codes_ptr, scale_ptr = _words_at(address, DTYPE), _at(codes, tl.uint8, 8), _at(scales, tl.uint8, 1)

@@ -7,13 +7,15 @@ With power-of-two global scales the second pass over the weights is the first: t
 scales while their magnitudes are taken, and only weights whose scale moved are packed again. A scale moves when amax
 crosses a power of two times 2688, which is rare.
 
-One wait for the device per packing: NaN in any rank's shard stops every rank, with the tensor's name.
+NaN in any rank's shard stops every rank, with the tensor's name: all know the magnitudes of all weights. To look at
+them the host waits for the device, which then has nothing to do when it goes on. So `pack` can leave
+that to `settle`, which the caller calls some launches later, at the same place on every rank; what follows from the
+magnitudes, new scales and packing again where they moved, happens on the device.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +56,8 @@ class ShardPacker:
         self.g = torch.ones(len(numbers), dtype=torch.float32, device=self.device)
         self._amax = torch.zeros(len(numbers), dtype=torch.int32, device=self.device)
         self._packed_before = False
+        self._unchecked: tuple[Tensor, torch.cuda.Event | None] | None = None
+        """Magnitudes on their way to the host, and when they are there."""
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
         self._stage = _Stage(self.device)
@@ -73,21 +77,25 @@ class ShardPacker:
         group.scatter_reduce_(0, self._group_of, amax, "amax")
         return reference.global_scale(group.view(torch.float32), self.policy)[self._group_of]
 
-    def pack(self, units: Sequence[Unit]) -> list[Unit]:
-        """Pack the shards of some units into their buffers. Collective; waits for the device once.
+    def pack(self, units: Sequence[Unit], wait: bool = True) -> list[Unit]:
+        """Pack the shards of some units into their buffers. Collective.
 
         Args:
             units: those whose weights changed, the same on every rank.
+            wait: whether to wait for the device, once, and look at the weights. Else that is left to `settle` if
+                these are all units, not packed for the first time, their masters on the device and on one mesh.
 
         Returns:
             The units that were packed: the given ones, and those with a weight whose fusion group got another scale.
 
         Raises:
             UserError: a weight holds NaN, Inf or a magnitude beyond NVFP4, on every rank that holds it; the buffers of
-                the given units hold nothing useful then.
+                the given units hold nothing useful then. Also, before anything is packed, what `settle` raises.
         """
+        self.settle()
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
+        later = not wait and self._packed_before and chunks == [self._all] and len(self._meshes()) <= 1
         if len(units) == len(self.units):
             amax = torch.zeros_like(self._amax)
         else:
@@ -101,23 +109,61 @@ class ShardPacker:
                 chunk.amax(amax)
         amax = self._reduced_amax(amax)
         g = self.scales(amax)
-        host = torch.stack((amax, g.view(torch.int32), self.g.view(torch.int32))).cpu()
-        self.check(host[0])
-        self._check_other_meshes(host[0])
-        moved = (host[1] != host[2]).numpy()
+        moved = (g != self.g).int()
+        if later:
+            self._send(amax)
+        else:
+            host = torch.stack((amax, moved)).cpu()
+            self.check(host[0])
+            self._check_other_meshes(host[0])
         self.g.copy_(g)
         self._amax = amax
         self._packed_before = True
         if not speculative:
             for chunk in chunks:
                 chunk.pack(self.g)
-        if not moved.any():
+        if later:
+            if speculative:
+                self._all.pack(self.g, moved=moved)
+            return list(units)
+        if not host[1].any():
             return list(units)
         given = {id(unit) for unit in units}
-        rest = [unit for unit in self.units if id(unit) not in given and moved[unit.items].any()]
+        rest = [unit for unit in self.units if id(unit) not in given and host[1][unit.items].any()]
         for chunk in (*(chunks if speculative else ()), *(self._chunk(unit) for unit in rest)):
-            chunk.pack_moved(self.g, moved)
+            chunk.pack(self.g, moved=moved)
         return [*units, *rest]
+
+    def settle(self) -> None:
+        """Look at the weights that `pack` did not wait for; waits until they are packed, if they are not yet.
+
+        Raises:
+            UserError: as `pack` does, on every rank that calls this.
+        """
+        if self._unchecked is None:
+            return
+        (amax, arrival), self._unchecked = self._unchecked, None
+        if arrival is not None:
+            arrival.synchronize()
+        try:
+            self.check(amax)
+        except UserError:
+            self._packed_before = False  # scales that mean nothing are no guess for the next ones
+            raise
+
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` has nothing to look at."""
+        return self._unchecked is None
+
+    def _send(self, amax: Tensor) -> None:
+        """Have magnitudes copied to the host, for `settle`."""
+        if not amax.is_cuda:
+            self._unchecked = amax.clone(), None
+            return
+        host = torch.empty(amax.shape, dtype=amax.dtype, pin_memory=True)
+        host.copy_(amax, non_blocking=True)
+        self._unchecked = host, torch.cuda.current_stream(amax.device).record_event()
 
     def differing(self) -> Tensor:
         """Which weights would be packed otherwise with the present global scales: int32, one for each of those.
@@ -216,33 +262,23 @@ class _Chunk:
         if not self._amaxes.release():
             self._amaxes = None
 
-    def pack(self, g: Tensor, amax: Tensor | None = None, only: Sequence[int] | None = None) -> None:
-        with self._tables() as (packs, masters):
-            (packs if only is None else packs.only(only, masters))(g, amax)
+    def pack(self, g: Tensor, amax: Tensor | None = None, moved: Tensor | None = None) -> None:
+        with self._tables() as packs:
+            packs(g, amax, moved)
 
     def compare(self, g: Tensor, differs: Tensor) -> None:
-        with self._tables() as (packs, _):
+        with self._tables() as packs:
             packs.compare(g, differs)
 
     @contextmanager
-    def _tables(self) -> Iterator[tuple[Packs, list[Tensor]]]:
+    def _tables(self) -> Iterator[Packs]:
         masters = self._masters()
         if self._packs is None or not self._packs.fits(masters):
             packed, scale = [p for p, _ in self._packed], [s for _, s in self._packed]
             self._packs = Packs(masters, *self._items(), packed, scale)
-        yield self._packs, masters
+        yield self._packs
         if not self._packs.release():
             self._packs = None
-
-    def pack_moved(self, g: Tensor, moved: Any) -> None:
-        """Pack the weights that use a global scale that moved."""
-        indices = [
-            i
-            for i, s in enumerate(self.shards)
-            if s.rows and moved[s.local_first : s.local_first + s.local_items].any()
-        ]
-        if indices:
-            self.pack(g, only=indices)
 
     def _items(self) -> tuple[list[int], list[int]]:
         return [s.local_items for s in self.shards], [s.local_first for s in self.shards]

@@ -18,7 +18,7 @@ from helpers_distributed import Env, again
 
 from distributed import experts, features, hsdp, misuse, sync, traffic, training
 from distributed.pair import keeping
-from nvfp4_qat import gather, gather_param, gather_unit
+from nvfp4_qat import gather_groups, gather_param, gather_unit
 
 HERE = sys.modules[__name__]
 OWN = "-own-gather"
@@ -39,7 +39,7 @@ def forced(function: Callable[..., None]) -> Callable[..., None]:
 def apart(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(env: Env, **arguments: Any) -> None:
-        with mock.patch.object(gather_unit, "WORTH", 0), mock.patch.object(gather, "ROOM", 0):
+        with mock.patch.object(gather_unit, "WORTH", 0), mock.patch.object(gather_groups, "ROOM", 0):
             function(env, **arguments)
 
     return run
