@@ -92,9 +92,24 @@ class One(Layer):
         self.quant_method = method() if method else None
 
 
+class Odd(One):
+    """A layer with what odd methods ask for: a bias that is None, an order of its rows, and what processes it."""
+
+    def __init__(self, method):
+        super().__init__(method=method)
+        self.register_parameter("bias", None)
+        self.order = torch.tensor([2, 0, 3, 1])
+        self.scheme = getattr(self.quant_method, "scheme", None)
+
+
 class Reversed(Method):
     def process_weights_after_loading(self, layer):
         layer.weight.copy_(layer.weight.flip(0))
+
+
+class Scaled(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.mul_(layer.weight[0, 0].clone())
 
 
 def one(loader=None, method=None, dtype=BF16):
