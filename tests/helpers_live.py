@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
-from standin_engine import Graph, Model, announced, start
-from standin_layers import BF16, Layer, Method, fixed
+from standin_engine import Graph, Model, announced, checkpoint, start
+from standin_layers import ALONE, BF16, Layer, Method, fixed
 from torch import Tensor, nn
 
 from nvfp4_qat.live_model import LiveModel
+
+OLD, NEW = checkpoint(1), checkpoint(2)
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -67,6 +70,11 @@ class Up:
                 elif n in layer._parameters:
                     found[name, n] = None
         return found
+
+
+def up(place=ALONE, tied=True):
+    """The stand-in for a whole model, started with the old weights."""
+    return Up(partial(Model, place, tied), OLD if tied else checkpoint(1, False))
 
 
 class Bare(nn.Module):
