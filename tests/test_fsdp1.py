@@ -14,16 +14,7 @@ import pytest
 import torch
 from distributed.models import Layer
 from helpers_distributed import Env, case
-from helpers_sharding import (
-    ON,
-    Reference,
-    Sharding,
-    assert_equal_forward,
-    batch,
-    decoder,
-    uneven,
-    use,
-)
+from helpers_sharding import ON, Reference, Sharding, assert_equal_forward, batch, decoder, uneven, use
 from helpers_two_processes import of_two
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
