@@ -30,41 +30,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from arguments import DTYPES, model_parser
 from arms import ARMS, GATHERING, Trainer, apply_arm, shard
-from common import (
-    RESULTS,
-    Row,
-    Stopwatch,
-    Traffic,
-    World,
-    append,
-    environment,
-    link,
-    link_speed,
-    paired,
-    rotated,
-    run,
-    summary,
-)
+from common import Row, Stopwatch, Traffic, World, append, environment, link, link_speed, paired, rotated, run, summary
 from shapes import MODELS, make_batch, make_model
 from step_profile import profile
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 AGAIN = "bf16 again"
 
 Batches = dict[int, list[torch.Tensor]]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="Qwen3-8B")
-    parser.add_argument("--layers", type=int, help="decoder layers; by default 12 (Qwen3-8B) or 8 (Qwen3-30B-A3B)")
+    parser = model_parser(__doc__, "step.jsonl")
     parser.add_argument("--arms", choices=ARMS, nargs="+", help="all by default; without FSDP2 all but gather")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="per GPU and micro-batch")
     parser.add_argument("--sequence", type=int, default=2048, help="length of a sequence")
     parser.add_argument("--masters", choices=DTYPES, nargs="+", default=["bf16"], help="dtype of the parameters")
     parser.add_argument("--micro-batches", type=int, default=1, help="gradient accumulation")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--steps", type=int, default=3, help="steps timed per round and arm")
     parser.add_argument("--warmup", type=int, default=3, help="steps after building an arm")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: do not clip")
@@ -75,7 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slow-link", action="store_true", help="insist on NCCL_P2P_DISABLE=1 in the environment")
     parser.add_argument("--budget", type=float, help="seconds after which no further round begins")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="also trace two steps of every arm into DIR")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.jsonl", help="file the rows are appended to")
     return parser
 
 

@@ -19,26 +19,12 @@ import argparse
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from arguments import DTYPES, model_parser
 from arms import apply_arm, shard
-from common import (
-    RESULTS,
-    Row,
-    Stopwatch,
-    Traffic,
-    World,
-    append,
-    environment,
-    link,
-    link_speed,
-    paired,
-    rotated,
-    run,
-    summary,
-)
+from common import Row, Stopwatch, Traffic, World, append, environment, link, link_speed, paired, rotated, run, summary
 from shapes import MODELS, make_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -47,17 +33,12 @@ import nvfp4_qat as nq
 
 Stream = Iterable[tuple[str, Tensor]]
 BASELINE = "bf16, full_tensor()"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="Qwen3-8B")
-    parser.add_argument("--layers", type=int, help="decoder layers; by default 12 (Qwen3-8B) or 8 (Qwen3-30B-A3B)")
+    parser = model_parser(__doc__, "sync.jsonl")
     parser.add_argument("--masters", choices=DTYPES, default="bf16", help="dtype of the parameters")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--packed", action=argparse.BooleanOptionalAction, default=True, help="measure packed_weights")
-    parser.add_argument("--out", type=Path, default=RESULTS / "sync.jsonl", help="file the rows are appended to")
     return parser
 
 

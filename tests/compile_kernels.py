@@ -1,6 +1,7 @@
 """Compile every kernel for Ampere and Hopper and print the PTX as JSON; needs no GPU.
 
-`test_kernels` runs this in a process of its own, because a process either interprets Triton kernels or compiles them.
+`test_kernels_compiled` runs this in a process of its own, because a process either interprets Triton kernels or
+compiles them.
 """
 
 from __future__ import annotations

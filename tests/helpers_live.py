@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
-from standin_engine import Graph, Model, announced, start
-from standin_layers import BF16, Layer, Method, fixed
+from standin_engine import Graph, Model, announced, checkpoint, start
+from standin_layers import ALONE, BF16, Layer, Method, fixed
 from torch import Tensor, nn
 
 from nvfp4_qat.live_model import LiveModel
+
+OLD, NEW = checkpoint(1), checkpoint(2)
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -69,6 +72,11 @@ class Up:
         return found
 
 
+def up(place=ALONE, tied=True):
+    """The stand-in for a whole model, started with the old weights."""
+    return Up(partial(Model, place, tied), OLD if tied else checkpoint(1, False))
+
+
 class Bare(nn.Module):
     """A model of some layers only."""
 
@@ -92,9 +100,24 @@ class One(Layer):
         self.quant_method = method() if method else None
 
 
+class Odd(One):
+    """A layer with what odd methods ask for: a bias that is None, an order of its rows, and what processes it."""
+
+    def __init__(self, method):
+        super().__init__(method=method)
+        self.register_parameter("bias", None)
+        self.order = torch.tensor([2, 0, 3, 1])
+        self.scheme = getattr(self.quant_method, "scheme", None)
+
+
 class Reversed(Method):
     def process_weights_after_loading(self, layer):
         layer.weight.copy_(layer.weight.flip(0))
+
+
+class Scaled(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.mul_(layer.weight[0, 0].clone())
 
 
 def one(loader=None, method=None, dtype=BF16):

@@ -1,4 +1,4 @@
-"""A model of a few thousand weights, a task that random weights half solve, and a run of it."""
+"""A model of a few thousand weights, a task that random weights half solve, a batch to train on, and a run."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from nvfp4_qat.demo_config import DemoConfig
+from nvfp4_qat.engine import Sample
 from nvfp4_qat.models import tiny_tokenizer
 from nvfp4_qat.rl import train_arm
+from nvfp4_qat.rollouts import Graded, collate
 from nvfp4_qat.runlog import ArmLog
 from nvfp4_qat.tasks import EVAL_KEY, Grade, Problem, SortDigits
 
@@ -54,6 +56,21 @@ def micro_config(out: Path, **overrides) -> DemoConfig:
         "checkpoint_seconds": 0.0, "warmup_steps": 0,
     }  # fmt: skip
     return DemoConfig(out, **{**defaults, **overrides})
+
+
+def make_batch():
+    """Three groups of four graded responses, of one to four tokens."""
+    torch.manual_seed(0)
+    groups = []
+    for _ in range(3):
+        responses = [torch.randint(3, 90, (length,)).tolist() for length in (1, 3, 4, 2)]
+        groups.append(
+            [
+                Graded(Sample([15, 16], r, [-4.5] * len(r)), reward, reward > 0)
+                for r, reward in zip(responses, (1.0, -1.0, -1.0, 1.0), strict=True)
+            ]
+        )
+    return collate(groups, 0)
 
 
 def run_arm(cfg: DemoConfig, arm: str, on_step=lambda row: None, base=None, task=None):

@@ -1,4 +1,4 @@
-"""Models small enough for a test, and the straight-through reference they are compared with."""
+"""Models small enough for a test, the straight-through reference they are compared with, and gradients to compare."""
 
 import copy
 
@@ -125,7 +125,18 @@ def reference_of(model):
     return twin
 
 
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not differing, differing
+
+
 def master_grads(model):
+    """`grads` of a `reference_of`, with the names of the model that it is a copy of."""
     return {
         name.replace("parametrizations.", "").replace(".original", ""): p.grad
         for name, p in model.named_parameters()

@@ -1,51 +1,18 @@
-"""The benchmarks run, on tiny models without a GPU; rows have one schema; the page is that of the committed rows."""
+"""The benchmarks run, on tiny models without a GPU; rows have one schema, and become a page with pictures."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers_benchmarks import BENCHMARKS, check_schema, importable, read
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-PAGE = ROOT / "docs" / "performance.md"
-
-ENVIRONMENT = {
-    "gpu": str,
-    "torch": str,
-    "triton": str,
-    "transformers": str,
-    "date": str,
-    "commit": str,
-    "settings": dict,
-}
-SCHEMAS = {
-    "step": {
-        "arm": str, "model": str, "layers": int, "parameters": int, "gpus": int, "sharding": str, "tokens": int,
-        "sequence": int, "micro_batches": int, "masters": str, "checkpointing": bool, "clip": float, "link": str,
-        "link_gb_s": (float, type(None)), "steps": int, "hold": str, "ms": float, "ms_samples": list, "ratio": float,
-        "ratio_samples": list, "loss": float, "peak_bytes": (int, type(None)), "reserved_bytes": (int, type(None)),
-        "gathered_bytes": int, "reduced_bytes": int, "alloc_retries": int, "check": str, **ENVIRONMENT,
-    },
-    "modules": {
-        "layer": str, "model": str, "shapes": list, "tokens": int, "variant": str, "calls": int, "us": float,
-        "us_samples": list, "ratio": float, "ratio_samples": list, "held_bytes": (int, type(None)), "weight_bytes": int,
-        **ENVIRONMENT,
-    },
-    "sync": {
-        "method": str, "layout": str, "ranks": str, "model": str, "layers": int, "masters": str, "gpus": int,
-        "link": str, "link_gb_s": (float, type(None)), "seconds": float, "seconds_samples": list, "ratio": float,
-        "ratio_samples": list, "stream_bytes": int, "received_bytes": int, "extra_bytes": (int, type(None)),
-        "check": str, **ENVIRONMENT,
-    },
-}  # fmt: skip
-"""What every row has besides "benchmark"."""
+_importable = pytest.fixture(scope="module", autouse=True)(importable)
 
 TOGETHER = """
 import sys
@@ -63,18 +30,6 @@ def main():
 
 common.run(main)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """The files of benchmarks/ import each other by name, as they do when one is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +55,6 @@ def together(tmp_path_factory) -> Path:
     done = subprocess.run([sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     return out
-
-
-def check_schema(row: dict) -> None:
-    schema = SCHEMAS[row["benchmark"]]
-    optional = {"nccl", "device_us", "device_us_samples", "device_ratio", "device_ratio_samples"}
-    assert set(row) - {"benchmark"} - optional == set(schema), row
-    for key, kind in schema.items():
-        assert isinstance(row[key], kind), (key, row[key])
-    for key in (key for key in row if key.endswith("_samples")):
-        median = row[key.removesuffix("_samples")]
-        assert row[key] and min(row[key]) <= median <= max(row[key])
 
 
 def test_rows_of_one_process(alone):
@@ -258,58 +202,6 @@ def kernel_rows(out: Path) -> None:
     (out / "kernels.jsonl").write_text(text, encoding="utf-8")
 
 
-REPORT = """==PROF== Connected to process 1
-"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","dram__bytes_write.sum",\
-"gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","smsp__issue_active.avg.pct_of_peak_sustained_active",\
-"sm__warps_active.avg.pct_of_peak_sustained_active","launch__waves_per_multiprocessor"
-"","","us","Mbyte","byte","%","%","%",""
-""".replace("\\\n", "")
-
-
-def test_counters_become_rows_and_a_table(tmp_path):
-    pytest.importorskip("triton")
-    from counters import KERNELS, SHAPES, rows
-    from kernel_tables import counter_section
-
-    line = '"{}","_kernel","21.5","33.554432","1,000.5","81.3","40","90","3.9"\n'
-    report = REPORT + "".join(line.format(i) for i in range(len(SHAPES) * len(KERNELS)))
-    first, *rest = rows(report)
-    assert (first["kernel"], first["name"], first["us"]) == ("fake quantize", "4096 x 4096", 21.5)
-    assert (first["read_bytes"], first["written_bytes"], first["issue_percent"]) == (33554432.0, 1000.5, 40.0)
-    assert len(rest) == 11
-    with pytest.raises(RuntimeError, match="12 kernels were to be profiled, ncu shows 1"):
-        list(rows(REPORT + line.format(0)))
-    with pytest.raises(RuntimeError, match="ncu shows 0"):
-        list(rows("==ERROR== no permission"))
-    table = counter_section([{**first, "gpu": "NVIDIA H200"}]).table
-    assert "| H200 | 4096×4096 | fake quantize | 21.5 | 0.500 | 81 % | 40 % | 90 % | 3.9 |" in table
-
-
-def test_a_reload_stands_beside_the_syncs_of_its_run():
-    from rollout_tables import rollout
-
-    def row(commit: str, method: str, **more: object) -> dict[str, object]:
-        named = {"model": "Qwen3-8B", "layers": 36, "masters": "fp32", "transport": "direct", "vllm": "0.24.0"}
-        return {**named, "gpu": "NVIDIA H200", "commit": commit, "method": method, **more}
-
-    def synced(commit: str, seconds: float) -> dict[str, object]:
-        times = {"seconds": seconds, "seconds_samples": [seconds], "first_seconds": 3.0}
-        return row(commit, "everything", **times, bytes=10**9, extra_bytes=10**6)
-
-    times = {"reload_seconds": 0.6, "reload_seconds_samples": [0.5, 0.7]}
-    reload = row("a", "reload", **times, reload_tensors_that_differ=[])
-    cells = rollout([synced("a", 0.1), reload]).table.splitlines()[2].split(" | ")
-    assert cells[2:4] == ["everything", "0.100 (0.100–0.100)"] and cells[7] == "0.600 (0.500–0.700)"
-    cells = rollout([reload, synced("b", 0.2)]).table.splitlines()[2].split(" | ")
-    assert cells[3] == "0.200 (0.200–0.200)" and cells[7] == "–"  # that reload was another run's
-    assert "differ" not in rollout([synced("a", 0.1), reload]).text
-    names = [f"model.layers.{i}.mlp.experts.{name}_input_global_scale" for i in range(2) for name in ("w13", "w2")]
-    told = rollout([synced("a", 0.1), {**reload, "reload_tensors_that_differ": names}]).text
-    assert "`w13_input_global_scale` and `w2_input_global_scale` differ from what a sync left: scales of act" in told
-    told = rollout([synced("a", 0.1), {**reload, "reload_tensors_that_differ": [*names[:1], "lm_head.weight"]}]).text
-    assert told.endswith(" `w13_input_global_scale` and `weight` differ from what a sync left.")
-
-
 def empty_page(folder: Path) -> Path:
     from page import BEGIN, END, SCRIPT
 
@@ -361,48 +253,3 @@ def test_what_has_no_rows_is_left_out(together, tmp_path):
     (results / "sync.jsonl").unlink()
     write(results, docs)
     assert "No rows have been committed yet." in (docs / "performance.md").read_text(encoding="utf-8")
-
-
-def test_rows_that_do_not_count():
-    from row_tools import grouped, usable
-
-    good = {"gpu": "NVIDIA H200", "date": "2026-01-01 00:00", "check": "ok"}
-    bad = [{**good, "gpu": "CPU"}, {**good, "check": "the loss is that of bf16"}, {**good, "date": None}]
-    assert usable([*bad, good]) == [good]
-    twice = [{"gpu": "a", "arm": "bf16", "ms": 1}, {"gpu": "a", "arm": "bf16", "ms": 2}]
-    assert grouped(twice, ["gpu"], "arm") == {("a",): {"bf16": twice[1]}}
-
-
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_committed_rows_have_the_schema(name):
-    file = BENCHMARKS / "results" / f"{name}.jsonl"
-    for row in read(file) if file.exists() else []:
-        check_schema(row)
-        assert row["gpu"] != "CPU", "a dry run was committed"
-
-
-def test_the_page_is_that_of_the_committed_rows():
-    from page import updated
-    from plots import FOLDER
-    from tables import sections
-
-    made, page = sections(), PAGE.read_text(encoding="utf-8")
-    assert updated(page, made, FOLDER) == page, "run: python benchmarks/plots.py"
-    pictures = {section.picture.file for section in made if section.picture is not None}
-    assert {file.name for file in (PAGE.parent / FOLDER).glob("*")} == pictures
-
-
-def test_the_page_s_commands_are_right():
-    commands = re.findall(r"^(?:\w+=\S+ )?(?:torchrun|python) .*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(commands) >= 10
-    for command in commands:
-        words = [word for word in shlex.split(command) if "=" not in word]
-        program, *words = words
-        if program == "torchrun":
-            assert words[0] == "--nproc_per_node" and words[1].isdigit()
-            words = words[2:]
-        script, *arguments = words
-        assert (ROOT / script).exists()
-        module = importlib.import_module(Path(script).stem)
-        if hasattr(module, "build_parser"):
-            module.build_parser().parse_args(arguments)

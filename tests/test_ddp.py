@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
-from helpers_distributed import Env, case, cases, group
+from helpers_distributed import Env, case
+from helpers_two_processes import of_two
 from small_models import Stack, stack
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -81,17 +81,4 @@ def gradient_accumulation(env: Env) -> None:
         assert torch.equal(mine.grad, other.grad)  # the average of two equal numbers
 
 
-two = group(sys.modules[__name__], world=2)
-two_gpus = group(sys.modules[__name__], world=2, device="cuda")
-
-
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_processes(two: Any, name: str) -> None:
-    two.check(name)
-
-
-@pytest.mark.multigpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_gpus(two_gpus: Any, name: str) -> None:
-    two_gpus.check(name)
+two, two_gpus, test_two_processes, test_two_gpus = of_two(sys.modules[__name__])

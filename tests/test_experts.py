@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import master_grads, qwen3_moe, reference_of
+from small_models import grads, master_grads, qwen3_moe, reference_of
 from torch.autograd.graph import saved_tensors_hooks
 
 import nvfp4_qat as nq
@@ -47,7 +47,7 @@ def test_activation_checkpointing(implementation, use_reentrant):
     nq.apply_qat(model, ON)
     ids = torch.randint(0, 64, (2, 9))
     model(ids).logits.square().sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected = grads(model)
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.train()
@@ -85,7 +85,7 @@ def test_backward_twice_with_retain_graph():
     nq.apply_qat(model, ON)
     loss = model(torch.randint(0, 64, (2, 9))).logits.square().sum()
     loss.backward(retain_graph=True)
-    first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    first = grads(model)
     loss.backward()
     assert all(torch.equal(p.grad, 2 * first[n]) for n, p in model.named_parameters() if n in first)
 
@@ -95,7 +95,7 @@ def test_saved_tensor_offloading_keeps_working():
     nq.apply_qat(model, ON)
     ids = torch.randint(0, 64, (2, 9))
     model(ids).logits.square().sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected = grads(model)
     model.zero_grad()
     with torch.autograd.graph.save_on_cpu():
         y = model(ids).logits.square().sum()
@@ -189,7 +189,7 @@ def test_hooks_that_copy_what_is_saved(implementation):
     nq.apply_qat(model, ON)
     ids = torch.randint(0, 64, (2, 9))
     model(ids).logits.square().sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected = grads(model)
     model.zero_grad()
     with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         loss = model(ids).logits.square().sum()

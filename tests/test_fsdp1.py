@@ -13,8 +13,9 @@ import helpers_window as scenarios
 import pytest
 import torch
 from distributed.models import Layer
-from helpers_distributed import Env, case, cases, group
-from helpers_window import ON, OPTIMIZERS, Reference, Sharding, assert_equal_forward, batch, decoder, loss_of
+from helpers_distributed import Env, case
+from helpers_sharding import ON, Reference, Sharding, assert_equal_forward, batch, decoder, uneven, use
+from helpers_two_processes import of_two
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy, StateDictType
@@ -30,7 +31,7 @@ BF16 = MixedPrecision(param_dtype=torch.bfloat16)
 
 
 def fsdp(env: Env, orig: bool = True, **options: Any) -> Sharding:
-    scenarios.use(env.device)
+    use(env.device)
     device = torch.device(env.device, torch.cuda.current_device()) if env.device == "cuda" else torch.device("cpu")
 
     def wrap(model: nn.Module, unit: type[nn.Module]) -> nn.Module:
@@ -72,7 +73,7 @@ def trains_as_one_process(env: Env, optimizer: str, **options: Any) -> None:
 
 @case(2, options=ORIGINAL)
 def weights_of_all_sizes(env: Env, **options: Any) -> None:
-    scenarios.trains_as_one_process(fsdp(env, **options), "sgd", scenarios.uneven, steps=1, tolerance=1e-6)
+    scenarios.trains_as_one_process(fsdp(env, **options), "sgd", uneven, steps=1, tolerance=1e-6)
 
 
 @case(2, options={**ORIGINAL, "bf16": {"mixed_precision": BF16}})
@@ -133,14 +134,12 @@ def offloads_to_the_cpu(env: Env, orig: bool) -> None:
 
 @case(2, options={**ORIGINAL, "bf16": {"mixed_precision": BF16}})
 def holds_no_copy_of_linear_layers(env: Env, **options: Any) -> None:
-    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), decoder, Layer, lambda: batch(0))
+    scenarios.holds_no_copy_of_linear_layers(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
 def holds_no_copy_of_experts(env: Env, **options: Any) -> None:
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer as Unit
-
-    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), scenarios.moe, Unit, scenarios.tokens)
+    scenarios.holds_no_copy_of_experts(fsdp(env, **options))
 
 
 @case(2, options=ORIGINAL)
@@ -267,22 +266,12 @@ def compiles(env: Env) -> None:
 
 @case(2)
 def frozen_weights_are_looked_at_once(env: Env) -> None:
-    """An optimizer step cannot change what needs no gradient: the base under LoRA."""
-    sharding, model = fsdp(env), decoder()
-    model.requires_grad_(False)
-    model.lm_head.requires_grad_(True)
-    sharded = sharding(model)
-    step = OPTIMIZERS["fused"](p for p in sharded.parameters() if p.requires_grad)
-    with scenarios.counted_renewals() as passes:
-        for i in range(3):
-            loss_of(sharded(batch(i))).backward()
-            step.step()
-    assert len(passes) == 2, passes
+    scenarios.frozen_weights_are_looked_at_once(fsdp(env))
 
 
 @case(2)
 def ignored_parameters_keep_their_packed_copy(env: Env) -> None:
-    scenarios.use(env.device)
+    use(env.device)
     model = decoder()
     nq.apply_qat(model, ON)
     own = [layer.mlp.down_proj.weight for layer in model.layers]
@@ -301,17 +290,4 @@ def a_layer_called_outside_its_unit_is_refused(env: Env) -> None:
         model.module.layers[0].module.mlp.up_proj(batch(0))
 
 
-two = group(sys.modules[__name__], world=2)
-two_gpus = group(sys.modules[__name__], world=2, device="cuda")
-
-
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_processes(two: Any, name: str) -> None:
-    two.check(name)
-
-
-@pytest.mark.multigpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_gpus(two_gpus: Any, name: str) -> None:
-    two_gpus.check(name)
+two, two_gpus, test_two_processes, test_two_gpus = of_two(sys.modules[__name__])

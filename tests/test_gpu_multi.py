@@ -1,6 +1,6 @@
 """Many tensors at once at the sizes of models: thousands of tensors, gigabytes, offsets beyond 32 bits, CUDA graphs.
 
-What is expected comes from the launches for one tensor, which `test_kernels` holds to the reference at all sizes.
+What is expected comes from the launches for one tensor, which `test_kernels_sizes` holds to the reference at all sizes.
 """
 
 from __future__ import annotations

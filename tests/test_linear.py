@@ -1,30 +1,18 @@
-"""Module mode of linear layers: numbers, gradients, what the module keeps of `nn.Linear`, and what autograd keeps."""
+"""Module mode of linear layers: the numbers of the definition, and what a module keeps of `nn.Linear`."""
 
 import copy
-import functools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import stack, straight_through
+from small_models import assert_same, grads, stack, straight_through
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nvfp4_qat as nq
 from nvfp4_qat.ops import amax, global_scale, quantize
 
 ON = nq.QATConfig(enable=True)
-
-
-def grads(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    differing = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not differing, differing
 
 
 @pytest.mark.parametrize("policy", ["pow2", "amax"])
@@ -80,111 +68,6 @@ def test_siblings_share_the_global_scale_and_others_do_not():
     assert torch.equal(model(x), model.reference(x))
 
 
-def test_gradient_accumulation_packs_once(monkeypatch):
-    model = stack()
-    nq.apply_qat(model, ON)
-    packed = []
-    from nvfp4_qat import ops
-
-    original = ops.quantize_into
-    monkeypatch.setattr(ops, "quantize_into", lambda w, *a: (packed.append(1), original(w, *a)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(2):
-        for _ in range(3):
-            model(torch.randn(4, 32)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert len(packed) == 2 * 6  # two optimizer steps, six weights; not eighteen forwards and their backwards
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
-    model = stack()
-    nq.apply_qat(model, ON)
-    x = h = torch.randn(4, 32, requires_grad=True)
-    for block in model.blocks:  # no residual: reentrant checkpointing adds the terms of a sum in another order
-        h = block(h)
-    model.lm_head(h).square().sum().backward()
-    expected, expected_x = grads(model), x.grad.clone()
-    model.zero_grad()
-    x.grad = None
-    h = x
-    for block in model.blocks:
-        h = checkpoint(block, h, use_reentrant=use_reentrant)
-    model.lm_head(h).square().sum().backward()
-    assert_same(grads(model), expected)
-    assert torch.equal(x.grad, expected_x)
-
-
-def test_activation_checkpointing_recomputes_no_product_in_vain(monkeypatch):
-    model = stack()
-    nq.apply_qat(model, ON)
-    products, h = [], torch.randn(4, 32)
-    original = F.linear
-    monkeypatch.setattr(F, "linear", lambda *a: (products.append(1), original(*a))[1])
-    for block in model.blocks:
-        h = checkpoint(block, h, use_reentrant=False)
-    h.square().sum().backward()
-    # Two blocks of three layers: the forward, and the recomputation of all but the last, as of `nn.Linear`.
-    assert len(products) == 2 * (3 + 2)
-
-
-def selective(saved: list[object]) -> functools.partial:
-    """Activation checkpointing that keeps the results of some operations."""
-
-    def policy(ctx: object, func: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if func in saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
-
-
-aten = torch.ops.aten
-
-
-@pytest.mark.parametrize("stale", ["written", "handed out"])
-@pytest.mark.parametrize(
-    "saved",
-    [
-        [aten.mm.default],
-        [aten.mm.default, aten.max.default],
-        [aten._to_copy.default],
-        [aten.abs.default],
-        [aten.clamp.default],
-    ],
-    ids=lambda ops: "+".join(op.name()[6:] for op in ops),
-)
-def test_selective_checkpointing_does_not_take_our_results_for_the_blocks(saved, stale):
-    """Packing happens in the forward and not in the recomputation."""
-    linear = nn.Linear(64, 32, bias=False)
-    model = nn.ModuleDict({"proj": linear})
-    nq.apply_qat(model, ON)
-    x = torch.randn(2, 64)
-    linear(x)
-
-    def block(x: torch.Tensor) -> torch.Tensor:
-        y = linear(x)
-        y = (y / y.detach().abs().max()).clamp(-0.9, 0.9)
-        return y.double().square()
-
-    if stale == "written":
-        with torch.no_grad():
-            linear.weight.mul_(1.5)
-    else:
-        model.state_dict()
-    (found,) = torch.autograd.grad(selective(saved)(block, x).sum(), linear.weight)
-    (expected,) = torch.autograd.grad(block(x).sum(), linear.weight)
-    assert torch.equal(found, expected)
-
-
-def test_selective_checkpointing_sees_that_a_kept_output_was_written():
-    linear = nn.Linear(64, 32)
-    nq.apply_qat(nn.ModuleDict({"proj": linear}), ON)
-    y = selective([aten.addmm.default])(lambda x: linear(x).add_(1.0).square(), torch.randn(2, 64))
-    with pytest.raises(RuntimeError, match="mutated"):
-        y.sum().backward()
-
-
 def test_a_subclass_of_tensors_stays_one():
     class Sub(torch.Tensor):
         pass
@@ -231,23 +114,6 @@ def test_autocast_computes_what_a_bf16_engine_computes(dtype):
     y1.float().square().sum().backward()
     y2.float().square().sum().backward()
     assert_same(grads(model), grads(reference))
-
-
-def test_no_copy_of_the_weight_is_kept_for_backward():
-    linear = nn.Linear(512, 512, bias=False)
-    model = nn.ModuleDict({"proj": linear})
-    nq.apply_qat(model, ON)
-    saved = []
-
-    def pack(t):
-        saved.append(t)
-        return t
-
-    x = torch.randn(4, 512, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        linear(x)
-    own = {x.data_ptr(), linear.weight.data_ptr()}
-    assert sum(t.nbytes for t in saved if t.data_ptr() not in own) <= 64  # a handle and a generation number
 
 
 @pytest.mark.parametrize("inner", ["proj", "whole"])
@@ -341,27 +207,6 @@ def test_a_wrong_input_dtype_is_refused_as_nn_linear_does():
         model.blocks[0](torch.randn(2, 32, dtype=torch.bfloat16))
 
 
-def test_backward_after_a_weight_change_is_an_error():
-    model = stack()
-    nq.apply_qat(model, ON)
-    y = model(torch.randn(4, 32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.data.mul_(2.0)  # moves no version counter
-    model(torch.randn(4, 32))
-    with pytest.raises(nq.MismatchError, match="changed between"):
-        y.sum().backward()
-
-
-def test_a_state_dict_between_forward_and_backward_is_harmless():
-    model = stack()
-    nq.apply_qat(model, ON)
-    y = model(torch.randn(4, 32))
-    model.state_dict()
-    model(torch.randn(4, 32))  # looks whether something was written through the aliases; nothing was
-    y.sum().backward()
-
-
 def test_empty_input():
     model = stack()
     nq.apply_qat(model, ON)
@@ -379,46 +224,6 @@ def test_packed_value_is_what_quantize_gives():
     expected = quantize(model["proj"].weight, global_scale(amax(model["proj"].weight)))
     assert torch.equal(value.packed, expected.packed)
     assert torch.equal(value.scale.view(torch.uint8), expected.scale.view(torch.uint8))
-
-
-def test_gradients_of_gradients():
-    model = stack(depth=1)
-    reference = copy.deepcopy(model)
-    nq.apply_qat(model, ON)
-
-    def penalty(forward, parameters):
-        x = torch.ones(3, 32, requires_grad=True)
-        (gradient,) = torch.autograd.grad(forward(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), parameters)
-
-    got = penalty(model, list(model.parameters())[:3])
-    want = penalty(reference.reference, list(reference.parameters())[:3])
-    for a, b in zip(got, want, strict=True):
-        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
-
-
-def test_a_frozen_layer_does_not_keep_its_input():
-    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
-    nq.apply_qat(nn.ModuleDict({"proj": layer}), ON)
-    x = torch.randn(8, 64, requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        y = layer(x)
-    assert x.data_ptr() not in {t.data_ptr() for t in saved}
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.ones(8, 64) @ straight_through(layer.weight))
-
-
-def test_the_model_may_be_dropped_before_backward():
-    x = torch.randn(2, 32, requires_grad=True)
-
-    def forward():
-        model = stack()
-        nq.apply_qat(model, ON)
-        return model(x)
-
-    forward().sum().backward()
-    assert x.grad is not None
 
 
 def test_a_tensor_that_is_not_the_parameter_is_refused():

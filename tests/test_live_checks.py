@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_live import Up, one, weight, without
+from helpers_live import NEW, OLD, Up, one, weight, without
 from standin_engine import Model, Stage, announced, checkpoint
 from standin_layers import Place
 
 from nvfp4_qat.errors import MismatchError, UserError
-
-OLD, NEW = checkpoint(1), checkpoint(2)
 
 
 def different(live, weights):

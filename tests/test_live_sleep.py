@@ -6,16 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers_live import Bare, One, Up, weight
-from standin_engine import Model, announced, checkpoint
+from helpers_live import NEW, OLD, Bare, One, Up, weight
+from standin_engine import Model, announced
 from standin_layers import ALONE, EXPERTS, Method, Place, fixed
 from standin_trainer import packed, trainer
 from standin_vllm import LLM
 from torch import Tensor, nn
 
 from nvfp4_qat.rollout import Rollout
-
-OLD, NEW = checkpoint(1), checkpoint(2)
 
 
 def discard(model):

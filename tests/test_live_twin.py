@@ -6,26 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_live import Bare, One, Reversed, Up, one, weight
-from standin_engine import announced, checkpoint
+from helpers_live import Bare, Odd, One, Reversed, Scaled, Up, weight
+from standin_engine import checkpoint
 from standin_layers import BF16, HIDDEN, Attention, KernelConfig, Linear, Method, fixed
 from torch import nn
 
 from nvfp4_qat.errors import MismatchError
-
-# Layers of which one weight is processed
-
-
-class Swapped(Method):
-    """The second half of the rows before the first, as for gate and up."""
-
-    def process_weights_after_loading(self, layer):
-        layer.weight.data = torch.cat(layer.weight.data.chunk(2)[::-1])
-
-
-class Scaled(Method):
-    def process_weights_after_loading(self, layer):
-        layer.weight.mul_(layer.weight[0, 0].clone())
 
 
 class Renamed(Method):
@@ -132,17 +118,6 @@ class WithScheme(Method):
     config = property(lambda self: self.scheme.config)
 
 
-class Kept(Method):
-    """Leaves the weight, and writes into what it made the first time."""
-
-    def process_weights_after_loading(self, layer):
-        new = layer.weight.data.amax(1)
-        if hasattr(layer, "kept"):
-            layer.kept.copy_(new)
-        else:
-            layer.kept = new
-
-
 class KeptOnce(Method):
     """As layers that make something the first time only."""
 
@@ -154,65 +129,6 @@ class KeptOnce(Method):
         if not getattr(layer, "done", False):
             layer.weight = fixed(layer.weight.data * 2)
             layer.done = True
-
-
-class ConfigKept(Method):
-    def process_weights_after_loading(self, layer):
-        new = layer.weight.data.amax(1)
-        if self.config is None:
-            self.config = SimpleNamespace(sums=new)
-        else:
-            self.config.sums.copy_(new)
-
-
-class Owned(Method):
-    """Knows its layer, and does not ask which one it is given."""
-
-    layer = None
-
-    def process_weights_after_loading(self, layer):
-        self.layer = self.layer or layer
-        self.layer.doubled = fixed(self.layer.weight.data * 2)
-
-
-class Clipped(Method):
-    def process_weights_after_loading(self, layer):
-        layer.weight.clamp_(-10, 10)
-
-
-class Particular(Method):
-    """Refuses some weights."""
-
-    def process_weights_after_loading(self, layer):
-        if layer.weight.isnan().any() or layer.weight.abs().max() > 1000 or (layer.weight == 0).sum() < 8:
-            raise ValueError("these are no weights of mine")
-
-
-class Handle:
-    """Something that is open until nobody has it any more."""
-
-    closed = 0
-
-    def __del__(self):
-        Handle.closed += 1
-
-
-class Holding(Method):
-    def __init__(self):
-        self.handle = Handle()
-
-    def process_weights_after_loading(self, layer):
-        layer.weight = fixed(layer.weight.data * 2)
-
-
-class Odd(One):
-    """A layer with what these methods ask for."""
-
-    def __init__(self, method):
-        super().__init__(method=method)
-        self.register_parameter("bias", None)
-        self.order = torch.tensor([2, 0, 3, 1])
-        self.scheme = getattr(self.quant_method, "scheme", None)
 
 
 @pytest.mark.parametrize(
@@ -238,39 +154,6 @@ def test_whatever_processing_does_is_done_again(method):
         weights = weight()
         engine.update(weights)
         engine.check(weights)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        Kept,
-        ConfigKept,
-        Owned,
-        Clipped,
-        Particular,
-    ],
-)
-def test_whether_processing_does_something_is_found_out_without_touching_anything(method):
-    sparse = torch.randn(4, 6) * (torch.arange(24).view(4, 6) % 2)
-    engine = Up(lambda: Bare(one=Odd(method)), weight(sparse))
-    for factor in (1, 30, 1 / 7):
-        weights, before = weight(sparse * factor), engine.everything()
-        engine.live.begin(announced(weights))
-        assert engine.everything() == before
-        engine.update(weights)
-        engine.check(weights)
-
-
-def test_random_states_are_left_alone():
-    engine, state = Up(one(method=Method), weight()), torch.get_rng_state()
-    engine.live.begin(announced(weight(torch.zeros(4, 6))))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_handles_of_helpers_stay_open():
-    engine, closed = Up(one(method=Holding), weight()), Handle.closed
-    engine.update(weight())
-    assert Handle.closed == closed
 
 
 class Counted(One):
@@ -349,115 +232,3 @@ def test_whatever_attention_makes_of_other_layers_weights_is_made_again(again):
     for seed in (2, 3):
         engine.update(weights(seed))
         engine.check(weights(seed))
-
-
-class Limited(Method):
-    def process_weights_after_loading(self, layer):
-        layer.limit = float(layer.weight.max())
-
-
-def test_numbers_made_from_weights_are_renewed_or_named():
-    engine, weights = Up(one(method=Limited), weight()), weight()
-    try:
-        engine.update(weights)
-    except MismatchError as error:
-        assert "limit" in str(error)
-    else:
-        assert engine.model.one.limit == float(weights["one.weight"].max())
-
-
-class Growing(Method):
-    """Gives a tensor more than the first time."""
-
-    def process_weights_after_loading(self, layer):
-        self.times = getattr(self, "times", 0) + 1
-        layer.weight = fixed(layer.weight.data * 2)
-        if layer.weight[0, 0] > 0:
-            layer.extra = fixed(torch.ones(3))
-
-
-def test_parameters_that_were_not_there_are_named():
-    engine = Up(one(method=Growing), weight(-torch.ones(4, 6)))
-    with pytest.raises(MismatchError, match="one does not come out as .*extra"):
-        engine.update(weight(torch.ones(4, 6)))
-
-
-def test_parameters_that_are_gone_are_named():
-    engine = Up(one(method=Growing), weight(torch.ones(4, 6)))
-    before = engine.everything()
-    with pytest.raises(MismatchError, match="one does not come out as .*extra is gone"):
-        engine.update(weight(-torch.ones(4, 6)))
-    assert engine.everything() == before
-
-
-class InputScaled(Method):
-    """As vLLM's W4A4: what is loaded is replaced by something of another shape, from which it cannot be told."""
-
-    def process_weights_after_loading(self, layer):
-        layer.input_global_scale = fixed(1 / layer.input_global_scale.max())
-
-
-class InputFolded(Method):
-    """What is loaded is put into something else, and forgotten."""
-
-    def process_weights_after_loading(self, layer):
-        layer.alpha = fixed(1 / layer.input_global_scale.max())
-        del layer.input_global_scale
-
-
-class InputScaledLayer(One):
-    def __init__(self, method):
-        super().__init__(method=method)
-        self.input_global_scale = fixed(torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        InputScaled,
-        InputFolded,
-    ],
-)
-def test_optional_parameters_that_are_processed_stay_what_they_were_or_are_asked_for(method):
-    old = weight() | {"one.input_global_scale": torch.full((3,), 4.0)}
-    engine = Up(lambda: Bare(one=InputScaledLayer(method)), old)
-    before = engine.everything()
-    with pytest.raises(MismatchError, match="nothing was changed: one.input_global_scale"):
-        engine.update(weight())
-    assert engine.everything() == before
-    new = weight() | {"one.input_global_scale": torch.full((3,), 8.0)}
-    engine.update(new)
-    engine.check(new)
-
-
-# Layers whose processing is left out because it does nothing
-
-
-RANDOM = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-ROWS, UNIT = RANDOM[:1].expand(4, 6), torch.cat((torch.ones(4, 1), RANDOM[:, 1:]), 1)
-
-
-@pytest.mark.parametrize(
-    "method, first",
-    [
-        *((Reversed, RANDOM), (Swapped, RANDOM), (Scaled, RANDOM), (Reversed, torch.zeros(4, 6))),
-        *((method, torch.ones(4, 6)) for method in (Reversed, Swapped)),
-        *((method, ROWS) for method in (Reversed, Swapped)),
-        (Scaled, UNIT),
-    ],
-)
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-def test_processing_in_place_is_never_left_out(method, first, dtype):
-    engine = Up(one(None, method, dtype), weight(dtype=dtype))
-    for new in (first, None, None):
-        weights = weight(new, dtype)
-        engine.update(weights)
-        engine.check(weights)
-
-
-@pytest.mark.parametrize("value", [0, 1, 255])
-def test_constant_bytes_are_not_mistaken_for_unprocessed_weights(value):
-    engine = Up(one(None, Reversed, torch.uint8), weight(torch.zeros(4, 6), torch.uint8))
-    for new in (torch.full((4, 6), value), torch.arange(24).view(4, 6), 2 * torch.arange(24).view(4, 6)):
-        engine.update(weight(new, torch.uint8))
-        engine.check(weight(new, torch.uint8))

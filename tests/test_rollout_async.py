@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import torch
+from helpers_rollout import OF_SEED
 from standin_async import AsyncLLM, EarlierAsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, Worker, of_seed, whole
+from standin_vllm import LLM, Worker, whole
 
 import nvfp4_qat as nq
 from nvfp4_qat import rollout, vllm
@@ -19,7 +20,6 @@ from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.live_async import in_thread
 from nvfp4_qat.rollout import Rollout
 
-OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 BLOCKED = r"engine( \d)? answers through the event loop of this thread.*await rollout.sync_async\(model\)"
 
 

@@ -7,10 +7,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from helpers_rollout import OF_SEED
 from standin_async import AsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, of_seed, whole
+from standin_vllm import LLM, whole
 
 from nvfp4_qat import vllm
 from nvfp4_qat.errors import MismatchError, UserError
@@ -19,8 +20,6 @@ from nvfp4_qat.live_engines import LocalEngine
 from nvfp4_qat.live_http import HttpEngine
 from nvfp4_qat.quantizer import packed_weights
 from nvfp4_qat.rollout import Rollout
-
-OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 
 
 def answered(core):

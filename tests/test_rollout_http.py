@@ -6,15 +6,14 @@ import socket
 import time
 
 import pytest
+from helpers_rollout import OF_SEED
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, Bare, of_seed, whole
+from standin_vllm import LLM, Bare, whole
 
 import nvfp4_qat as nq
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.live_http import HttpEngine
-
-OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 
 
 @pytest.fixture

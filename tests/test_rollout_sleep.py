@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 from helpers_live import bits
+from helpers_rollout import OF_SEED
 from standin_trainer import packed, perturb, trainer
-from standin_vllm import LLM, Worker, of_seed, whole
+from standin_vllm import LLM, Worker, whole
 
 from nvfp4_qat import vllm
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.live_model import LiveModel
 from nvfp4_qat.rollout import Rollout
-
-OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 
 
 def answered(llm):

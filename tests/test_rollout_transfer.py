@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_rollout import OF_SEED
 from standin_async import AsyncLLM
 from standin_server import Server
 from standin_trainer import packed, perturb, trainer
@@ -23,8 +24,6 @@ import nvfp4_qat as nq
 from nvfp4_qat import live_replies, rollout, vllm, vllm_plugin
 from nvfp4_qat.errors import MismatchError, UserError
 from nvfp4_qat.rollout import Rollout
-
-OF_SEED = {seed: of_seed(seed) for seed in range(4)}
 
 
 @pytest.fixture

@@ -11,8 +11,20 @@ import helpers_window as scenarios
 import pytest
 import torch
 from distributed.models import Layer
-from helpers_distributed import Env, case, cases, group
-from helpers_window import OPTIMIZERS, Sharding, batch, decoder, loss_of
+from helpers_distributed import Env, case
+from helpers_sharding import (
+    OPTIMIZERS,
+    Reference,
+    Sharding,
+    assert_equal_forward,
+    assert_same,
+    batch,
+    decoder,
+    loss_of,
+    uneven,
+    use,
+)
+from helpers_two_processes import of_two
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,7 +37,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
 def fsdp(env: Env, **options: Any) -> Sharding:
-    scenarios.use(env.device)
+    use(env.device)
     options = {"mesh": env.mesh(), **options}
 
     def wrap(model: nn.Module, unit: type[nn.Module]) -> nn.Module:
@@ -79,7 +91,7 @@ def offloads_to_the_cpu(env: Env) -> None:
 
 @case(2)
 def weights_of_all_sizes(env: Env) -> None:
-    scenarios.trains_as_one_process(fsdp(env), "sgd", scenarios.uneven, tolerance=1e-6)
+    scenarios.trains_as_one_process(fsdp(env), "sgd", uneven, tolerance=1e-6)
 
 
 @case(2)
@@ -123,14 +135,12 @@ def trains_experts(env: Env, implementation: str, checkpoint: bool = False, **op
 
 @case(2, options=PLAIN)
 def holds_no_copy_of_linear_layers(env: Env, **options: Any) -> None:
-    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), decoder, Layer, lambda: batch(0))
+    scenarios.holds_no_copy_of_linear_layers(fsdp(env, **options))
 
 
 @case(2, options=PLAIN)
 def holds_no_copy_of_experts(env: Env, **options: Any) -> None:
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer as Unit
-
-    scenarios.holds_no_copy_after_reshard(fsdp(env, **options), scenarios.moe, Unit, scenarios.tokens)
+    scenarios.holds_no_copy_of_experts(fsdp(env, **options))
 
 
 @case(2)
@@ -269,17 +279,7 @@ def compiles(env: Env, whole: bool) -> None:
 
 @case(2)
 def frozen_weights_are_looked_at_once(env: Env) -> None:
-    """An optimizer step cannot change what needs no gradient: the base under LoRA."""
-    sharding, model = fsdp(env), decoder()
-    model.requires_grad_(False)
-    model.lm_head.requires_grad_(True)
-    sharded = sharding(model)
-    step = OPTIMIZERS["fused"](p for p in sharded.parameters() if p.requires_grad)
-    with scenarios.counted_renewals() as passes:
-        for i in range(3):
-            loss_of(sharded(batch(i))).backward()
-            step.step()
-    assert len(passes) == 2, passes
+    scenarios.frozen_weights_are_looked_at_once(fsdp(env))
 
 
 @case(2)
@@ -296,32 +296,19 @@ def weights_loaded_after_sharding_on_meta(env: Env) -> None:
     sharded = sharding(decoder().to("meta"))
     sharded.to_empty(device=env.device)
     set_model_state_dict(sharded, decoder(seed=1).state_dict(), options=StateDictOptions(full_state_dict=True))
-    scenarios.assert_equal_forward(sharded(batch(0)), scenarios.Reference(decoder(seed=1))(batch(0)))
+    assert_equal_forward(sharded(batch(0)), Reference(decoder(seed=1))(batch(0)))
 
 
 @case(2)
 def autocast_over_fp32_shards(env: Env) -> None:
-    model, reference = fsdp(env)(decoder()), scenarios.Reference(decoder())
+    model, reference = fsdp(env)(decoder()), Reference(decoder())
     with torch.autocast(env.device, torch.bfloat16):
         y, expected = model(batch(0)), reference(batch(0))
-    scenarios.assert_equal_forward(y, expected)
+    assert_equal_forward(y, expected)
     loss_of(y).backward()
     loss_of(expected).backward()
     grads = {canonical_name(n): p.grad.full_tensor() for n, p in model.named_parameters()}
-    scenarios.assert_same(grads, {n: p.grad for n, p in reference.masters.named_parameters()})
+    assert_same(grads, {n: p.grad for n, p in reference.masters.named_parameters()})
 
 
-two = group(sys.modules[__name__], world=2)
-two_gpus = group(sys.modules[__name__], world=2, device="cuda")
-
-
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_processes(two: Any, name: str) -> None:
-    two.check(name)
-
-
-@pytest.mark.multigpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", cases(sys.modules[__name__], world=2))
-def test_two_gpus(two_gpus: Any, name: str) -> None:
-    two_gpus.check(name)
+two, two_gpus, test_two_processes, test_two_gpus = of_two(sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""What verl needs to run its FSDP engine without a GPU: a platform in its registry, and an engine of a small model."""
+"""What verl needs to run its FSDP engine without a GPU: a platform in its registry, small models, and their engines."""
 
 from __future__ import annotations
 
@@ -69,6 +69,26 @@ def one_process() -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
+
+
+MODELS = ("dense", "moe")
+
+
+def saved_models(temporary: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model of each kind in a folder of its own."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128,
+    }  # fmt: skip
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    found = {}
+    for name, made in (("dense", Qwen3Config(**sizes)), ("moe", Qwen3MoeConfig(**sizes, **experts))):
+        torch.manual_seed(0)
+        found[name] = temporary.mktemp(name)
+        AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(found[name])
+    return found
 
 
 def engine(model: Path, strategy: str, qat: dict[str, Any], rank: int = 0, **options: Any) -> Any:

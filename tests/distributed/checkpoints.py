@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import nvfp4_qat as nq
 from distributed.instruments import local
-from distributed.models import Decoder, decoder, uneven
+from distributed.models import Decoder, decoder, ones, uneven
 from distributed.pair import FULL, MIXED, ON, Pair, adamw, full, layers, linears, loss_of, same, shard
 
 BF16 = functools.partial(decoder, dtype=torch.bfloat16)
@@ -46,7 +46,7 @@ def ordinary(env: Env, seed: int = 0, make: Callable[..., nn.Module] = decoder, 
 
 def use(env: Env, model: nn.Module) -> None:
     """Make a model pack its weights. FSDP2 leaves the root unsharded after a forward, and nothing loads into that."""
-    model(torch.ones(2, 5, 64, device=env.device))
+    model(ones(env.device))
     model.reshard()
 
 
@@ -155,7 +155,7 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
 def dcp_in_all_directions(env: Env, writer: Any, reader: Any) -> None:
     """Distributed checkpoints, also between models that are wrapped in different units."""
     source = writer(env, seed=1)
-    loss_of(source(torch.ones(2, 5, 64, device=env.device))).backward()
+    loss_of(source(ones(env.device))).backward()
     optimizer = adamw(source.parameters())
     optimizer.step()
     optimizer.zero_grad()

@@ -18,13 +18,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 import nvfp4_qat as nq
 from distributed.instruments import raises_everywhere
-from distributed.models import Decoder, decoder
+from distributed.models import NAME, Decoder, decoder, ones
 from distributed.pair import MIXED, ON, Pair, adamw, as_bytes, full, linears, loss_of, nothing, same, shard
 
 REFUSED = (nq.UserError, nq.MismatchError)
 SECONDS = 20.0
 """What "no hang" means here: a fault is reported within this time; a collective would wait for minutes."""
-NAME = "layers.1.mlp.up_proj.weight"
 
 
 def prepared(env: Env, seed: int = 0) -> Decoder:
@@ -33,14 +32,10 @@ def prepared(env: Env, seed: int = 0) -> Decoder:
     return model
 
 
-def x_of(env: Env) -> Tensor:
-    return torch.ones(2, 5, 64, device=env.device)
-
-
 @case(2)
 def never_sharded(env: Env) -> None:
     model = prepared(env)
-    message = raises_everywhere(REFUSED, lambda: model(x_of(env)))
+    message = raises_everywhere(REFUSED, lambda: model(ones(env.device)))
     assert "layers.0." in message and "fully_shard" in message, message
     for name, parameter in model.named_parameters():  # also outside of a module
         if parameter.ndim == 2 and "lm_head" not in name:
@@ -56,7 +51,7 @@ def partly_sharded(env: Env, of: Any) -> None:
     model = prepared(env)
     for layer in [model.layers[0]] if of == 1 else [layer.self_attn for layer in model.layers]:
         fully_shard(layer, mesh=env.mesh())
-    message = raises_everywhere(REFUSED, lambda: model(x_of(env)))
+    message = raises_everywhere(REFUSED, lambda: model(ones(env.device)))
     assert ("layers.1" if of == 1 else ".mlp.") in message, message
 
 
@@ -65,7 +60,7 @@ def ignored_parameters(env: Env) -> None:
     """`fully_shard(ignored_params=...)` leaves a weight whole, so nothing would quantize it."""
     model = prepared(env)
     shard(model, nothing, mesh=env.mesh(), ignored_params={model.get_parameter(NAME)})
-    message = raises_everywhere(REFUSED, lambda: model(x_of(env)))
+    message = raises_everywhere(REFUSED, lambda: model(ones(env.device)))
     assert NAME in message, message
 
 
@@ -73,7 +68,7 @@ def ignored_parameters(env: Env) -> None:
 def ddp_instead_of_fsdp(env: Env) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
-    raises_everywhere(REFUSED, lambda: DistributedDataParallel(prepared(env))(x_of(env)))
+    raises_everywhere(REFUSED, lambda: DistributedDataParallel(prepared(env))(ones(env.device)))
 
 
 @case(2)
@@ -81,7 +76,7 @@ def after_fully_shard(env: Env) -> None:
     model = shard(decoder(), mesh=env.mesh())
     message = raises_everywhere(nq.UserError, lambda: nq.apply_qat(model, ON, gather="nvfp4"))
     assert "before" in message and "fully_shard" in message, message
-    model(x_of(env))  # unchanged
+    model(ones(env.device))  # unchanged
 
 
 @case(2)
@@ -91,7 +86,7 @@ def applied_twice(env: Env) -> None:
         raises_everywhere(nq.UserError, lambda: nq.apply_qat(model, ON, gather=gather))  # noqa: B023
     shard(model, mesh=env.mesh())
     raises_everywhere(nq.UserError, lambda: nq.apply_qat(model, ON, gather="nvfp4"))
-    model(x_of(env))
+    model(ones(env.device))
     module_mode = decoder().to(env.device)
     nq.apply_qat(module_mode, ON)
     raises_everywhere(nq.UserError, lambda: nq.apply_qat(module_mode, ON, gather="nvfp4"))
@@ -123,7 +118,7 @@ def fully_shard_twice(env: Env) -> None:
     model = prepared(env)
     shard(model, mesh=env.mesh())
     raises_everywhere((ValueError, AssertionError, RuntimeError), lambda: fully_shard(model, mesh=env.mesh()))
-    model(x_of(env))
+    model(ones(env.device))
 
 
 @case(2)
@@ -133,7 +128,7 @@ def other_shard_dimension(env: Env) -> None:
     def use() -> None:
         model = prepared(env)
         shard(model, mesh=env.mesh(), shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None)
-        model(x_of(env))
+        model(ones(env.device))
 
     message = raises_everywhere(nq.UserError, use)
     assert "dim" in message and "layers.0" in message, message
@@ -151,7 +146,7 @@ def copies_and_pickles(env: Env) -> None:
         raises_everywhere(
             (*REFUSED, AssertionError, RuntimeError, pickle.PicklingError), functools.partial(make, model)
         )
-    model(x_of(env))
+    model(ones(env.device))
     same_weights = copy.deepcopy(get_model_state_dict(model))  # this one is plain
     assert all(type(t.to_local()) is Tensor for t in same_weights.values())
 
@@ -312,4 +307,8 @@ def units_that_change_their_dtype(env: Env) -> None:
             continue
         twin = decoder().bfloat16().to(env.device)
         nq.apply_qat(twin, ON)
-        same(model(x_of(env).bfloat16()).detach(), twin(x_of(env).bfloat16()).detach(), f"output, cast {when}")
+        same(
+            model(ones(env.device).bfloat16()).detach(),
+            twin(ones(env.device).bfloat16()).detach(),
+            f"output, cast {when}",
+        )

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH = 64
+NAME = "layers.1.mlp.up_proj.weight"
+"""A weight of `decoder`, to be written or spoiled."""
 
 
 class Norm(nn.Module):
@@ -118,3 +120,8 @@ def decoder(seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: object)
 def uneven(seed: int = 0, dtype: torch.dtype = torch.float32) -> Uneven:
     torch.manual_seed(seed)
     return Uneven().to(dtype)
+
+
+def ones(device: str) -> Tensor:
+    """An input for any of them."""
+    return torch.ones(2, 5, WIDTH, device=device)

@@ -14,23 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import nvfp4_qat as nq
 from distributed.instruments import Collectives, raises_everywhere
-from distributed.models import Decoder, decoder, uneven
-from distributed.pair import MIXED, ON, Pair, full, same, same_stream, shard
-
-REFUSED = (nq.UserError, nq.MismatchError)
-SECONDS = 20.0
-"""What "no hang" means here: a fault is reported within this time; a collective would wait for minutes."""
-NAME = "layers.1.mlp.up_proj.weight"
-
-
-def prepared(env: Env, seed: int = 0) -> Decoder:
-    model = decoder(seed=seed).to(env.device)
-    nq.apply_qat(model, ON, gather="nvfp4")
-    return model
-
-
-def x_of(env: Env) -> Tensor:
-    return torch.ones(2, 5, 64, device=env.device)
+from distributed.models import NAME, decoder, ones, uneven
+from distributed.pair import MIXED, Pair, full, same, same_stream, shard
 
 
 def no_grad_mul(pair: Pair, p: Any) -> None:
@@ -181,7 +166,7 @@ def aliases_from_before_the_first_packing(env: Env, make: Callable[[], nn.Module
     plain = shard(make().to(env.device), mesh=env.mesh())
     of_plain: Any = dict(plain.named_parameters())[name]
     alias = of_plain.to_local()
-    plain(x_of(env))
+    plain(ones(env.device))
     plain.reshard()
     before = full(of_plain).clone()
     with torch.no_grad():
