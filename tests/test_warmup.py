@@ -69,7 +69,7 @@ def test_it_goes_on_as_if_nothing_had_been(tmp_path, whole, error, seconds, goes
 
 
 def test_it_is_made_by_one_process_while_others_wait(tmp_path, whole):
-    """As on a GPU two of them would end in weights that are not quite the same, and the later ones replace the first."""
+    """On a GPU two of them would end in weights that are not quite the same, and the later ones replace the first."""
     held, go_on, found = threading.Event(), threading.Event(), []
 
     def first(step, loss):
