@@ -240,7 +240,7 @@ def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, mon
     save_file(other, kept / "step-2.safetensors")
     measure.measure(experiment, out, experiment.chosen(None, None))
     assert {(row["run"], row["step"]) for row in todo} == {("qat-s0", 2)}
-    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 1 + len(VARIANTS)
+    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 2 + len(VARIANTS)
     # A row that was measured before, and one of the present weights behind it: nothing is left to do for that one.
     again = next(row for row in rows if (row["kind"], row["run"], row["step"]) == ("paired", "qat-s0", 2))
     now = digest(other)[:16]
@@ -253,6 +253,23 @@ def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, mon
     collect(experiment, out, tmp_path / "results")
     newest = [row for row in read(tmp_path / "results" / "measured.jsonl") if row["kind"] == "paired"]
     assert len(newest) == 3 * len(VARIANTS) and {**again, "weights": now} in newest and again not in newest
+
+
+def test_an_evaluation_that_was_torn_is_made_up_for(finished, tmp_path, monkeypatch):
+    """One precision's row was there when the process was killed, and of the next one a part."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    experiment, todo = Experiment.load(finished / "dense.yaml"), []
+    file = measure.measured_file(out, 0, "evaluation")
+    *whole, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole) + last[: len(last) // 2])
+    monkeypatch.setattr(measure, "_measure", lambda experiment, out, found: todo.extend(row for _, row in found))
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    missing = json.loads(last)
+    (row,) = todo
+    assert {key: row[key] for key in ("kind", "run", "step", "precision")} == {
+        key: missing[key] for key in ("kind", "run", "step", "precision")
+    }
 
 
 def test_a_run_is_ended_in_time_and_continued(tmp_path, capsys):
