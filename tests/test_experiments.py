@@ -211,6 +211,47 @@ def test_measured_rows_are_replaced_one_by_one_and_by_the_newest(finished, tmp_p
     assert len(after) == len(before) and [r for r in after if r not in before] == [{**row, "right": [2]}]
 
 
+def test_measured_rows_go_with_the_run_that_they_are_of(finished, tmp_path):
+    """One that is made again has other weights, and there is nothing to measure the old ones on."""
+    experiment = Experiment.load(finished / "dense.yaml")
+    results = tmp_path / "results"
+    shutil.copytree(finished / "results" / "dense", results)
+    before = read(results / "measured.jsonl")
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s0")
+    collect(experiment, out, results)  # the same run, measured elsewhere
+    assert read(results / "measured.jsonl") == before
+    rows = read(out / "qat-s0" / "metrics-qat.jsonl")
+    write(out / "qat-s0" / "metrics-qat.jsonl", [{**rows[0], "time/step": 1.5}, *rows[1:]])
+    collect(experiment, out, results)
+    assert read(results / "measured.jsonl") == [row for row in before if row["run"] == "bf16-s0"]
+    assert {row["run"] for row in read(results / "metrics.jsonl")} == {"bf16-s0", "qat-s0"}
+
+
+def test_runs_with_other_seeds_than_the_file_s_are_collected(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s7")
+    collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results", [Run("qat", 7)])
+    assert [(row["run"], row["seed"]) for row in read(tmp_path / "results" / "runs.jsonl")] == [("qat-s7", 7)]
+
+
+def test_weights_that_are_gone_before_they_were_measured_are_told(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    monkeypatch.setattr(run.Pool, "finish", lambda *_: True)
+    command = [str(finished / "dense.yaml"), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    for name in ("bf16", "qat"):
+        shutil.rmtree(tmp_path / "out" / f"{name}-s0" / f"weights-{name}")
+    assert run.main(command) == 0  # they have been measured
+    measure.measured_file(tmp_path / "out", 0, "paired").unlink()
+    assert run.main(command) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: qat-s0: not measured, and the weights after the last step are not"
+    )
+    measure.measured_file(tmp_path / "out", 0, "evaluation").unlink()
+    assert run.main(command) == 2 and "error: bf16-s0, qat-s0: not measured" in capsys.readouterr().err
+    assert (tmp_path / "results" / "dense" / "runs.jsonl").exists()
+
+
 def test_what_is_done_is_not_done_again(finished, capsys):
     files = [*(finished / "out").rglob("*.jsonl"), *(finished / "out" / "logs").iterdir()]
     assert "warm-up.log" not in {path.name for path in files}  # none was asked for
