@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from experiment import Experiment, Run
+from pool import follow
 from rows import read
 from safetensors.torch import load_file
 from torch import Tensor
@@ -319,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="")
     parser.add_argument("--kinds", default=",".join(KINDS))
     args = parser.parse_args(arguments)
+    follow()
     try:
         experiment = Experiment.load(args.config)
         names = tuple(filter(None, args.runs.split(","))) or None

@@ -26,7 +26,7 @@ import torch
 from collect import collect, sharing_file
 from experiment import Experiment, Run
 from measure import KINDS, measured_file, unmeasured
-from pool import SHARED, Interrupts, Pool, Task
+from pool import SHARED, Interrupts, Pool, Task, follow
 from rows import read
 from starts import check_starts, warm_up_all
 
@@ -155,6 +155,7 @@ def _gpus() -> list[str]:
 
 def _one(experiment: Experiment, runs: Sequence[Run], out: Path, key: str) -> int:
     """The warm-up of some runs, or one run."""
+    follow()
     if key == "warm-up":
         warm_up_all(experiment, runs, out)
     else:
@@ -193,7 +194,7 @@ def _finished(experiment: Experiment, run: Run, out: Path) -> bool:
 
 
 def _has_to_warm_up(cfg: DemoConfig) -> bool:
-    """Whether a run may find no warmed-up weights. One that has begun says which it wants, and sees that they are it."""
+    """Whether a run may find no warmed-up weights. One that has begun says which, and sees that it gets them."""
     if not cfg.warmup_steps:
         return False
     start = Start.read(cfg.out)

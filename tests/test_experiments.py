@@ -389,6 +389,8 @@ def test_committed_files_are_right(path, tmp_path):
     for chosen in experiment.chosen(None, None):
         cfg = experiment.config(chosen, tmp_path)
         assert cfg.rollout == "vllm" and cfg.rollout_kv_cache and cfg.seed == chosen.seed
+        measured = chosen.name in (*experiment.paired, experiment.variants)
+        assert cfg.keep_every == (20 if measured else cfg.steps)  # what nobody measures would fill a disk
     assert set(MODELS) >= {experiment.name}
 
 

@@ -71,6 +71,32 @@ def test_sections_of_single_files(tmp_path):
     assert "| engine: weights | – | 5.37 GB |" in size.table
 
 
+def test_a_run_at_real_size_that_ended_early_is_not_filled_up_with_an_earlier_one(tmp_path):
+    where = {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02 03:04", "vllm": "0.24.0", "gpus": 4}
+    about = {"model": "Qwen/X", "masters": "fp32", "tokens": 4096, **where}
+    run = [{"what": "budget"}, {"what": "steps", "seconds": 9.0}, {"what": "generate", "tokens_per_second": 12345.0}]
+    again = [{"what": "budget"}, {"what": "steps", "seconds": 2.5}]
+    append(tmp_path / "real_size.jsonl", [{"arm": "nvfp4", **row, **about} for row in (*run, *again)])
+    append(tmp_path / "real_size.jsonl", [{"arm": "bf16", **row, **about} for row in run])
+    *_, size = sections.sections(tmp_path)
+    assert "| a whole step | 9.00 s | 2.50 s |" in size.table and "| tokens a second | 12,345 | – |" in size.table
+
+
+def test_seconds_of_runs_that_shared_a_gpu_are_called_that(tmp_path):
+    said = {None: "How many runs shared a GPU was not recorded.", 1: "", 4: "of a GPU that up to 4 runs shared."}
+    for count, expected in said.items():
+        told = words.sharing([{"runs_on_gpu": count}] * 2)
+        assert told.endswith(expected) and bool(told) == bool(expected)
+    assert words.sharing([{"runs_on_gpu": 2}, {"run": "older"}]).endswith(
+        ", of some runs it was not recorded how many."
+    )
+    write_experiment(tmp_path / "dense", ARMS)
+    assert (
+        "Seconds are those of a GPU that up to 3 runs shared."
+        in comparison("x", Results("dense", tmp_path), list(ARMS), "x.png").text
+    )
+
+
 def test_the_page_is_that_of_the_committed_rows():
     page = (ROOT / "docs" / figures.PAGE).read_text(encoding="utf-8")
     made = sections.sections()

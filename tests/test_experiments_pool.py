@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,31 @@ def test_sigterm_ends_runs_in_order(tmp_path):
         pass
     (row,) = read_rows(tmp_path / "results" / "x" / "runs.jsonl")  # and what there is has been collected
     assert row["run"] == "bf16-s0" and row["steps"] == len(read_rows(metrics))
+
+
+def test_runs_end_in_order_when_their_command_is_killed(tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        CONFIG.replace("{steps: 1,", "{steps: 100000,").replace("warmup_steps: 60", "warmup_steps: 0")
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "experiments" / "run.py"), *command(tmp_path, "--runs", "bf16")],
+        stdout=subprocess.DEVNULL,
+    )
+    folder = tmp_path / "out" / "bf16-s0"
+    metrics = folder / "metrics-bf16.jsonl"
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n")))
+    process.kill()
+    process.wait()
+
+    def free():
+        with suppress(UserError), alone(folder):
+            return True
+        return False
+
+    wait_for(free, 30)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True and summary["arms"]["bf16"]["steps"] == len(read_rows(metrics))
+    assert (folder / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
