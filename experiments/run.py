@@ -2,7 +2,7 @@
 
 Every run is a process of its own (``nvfp4_qat.demo.run_demo`` with one arm), and as many run at a time as there are
 GPUs, times ``--per-gpu``. The model is warmed up once before, and what the finished runs kept is measured afterwards
-(`measure`). At the end, whatever it is, the rows there are are collected below ``experiments/results/`` (`collect`).
+(`measure`). However a command ends, the rows that are there are collected below ``experiments/results/`` (`collect`).
 
 ``--minutes`` ends the runs in time, as Ctrl-C and SIGTERM do at any time; the same command continues them. The exit
 status is 0 when everything is done, and 3 when there is more to do.
