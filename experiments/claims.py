@@ -1,13 +1,13 @@
 """What was claimed before the runs, and what came out: a table for the top of the page, and README's headline.
 
 A claim is answered by an interval and a bound or margin that was fixed before these runs were made. ``yes`` and ``no``
-are given where the interval decides, ``open`` elsewhere: also where a run has not made all its steps, and where there
-are too few steps for an interval.
+are given where the interval decides, ``open`` elsewhere: also where a run has not made all its steps or has not been
+measured to its end, and where there are too few steps for an interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from intervals import (
     BySeed,
@@ -22,7 +22,7 @@ from intervals import (
     shared,
 )
 from page import Section, markdown
-from rows import Results, last_quarter, paired_ratio
+from rows import Results, Row, last_quarter, paired_ratio
 from section_arms import K3, PLAIN
 from section_contract import ratio_of_each
 from words import ARM_LABELS, MODELS, blocks, factor, k3, seeds, signed, signed_points, times, with_interval
@@ -52,7 +52,7 @@ def claims(dense: Results, moe: Results, smollm2: Results) -> Section:
         f"Kernels: yes if the bound is at most {KERNELS_AT_MOST}, no if the interval is above it. Factor: yes if the "
         f"interval of each seed's own ratio is at {FACTOR_AT_LEAST:.0f} or above, no if that of all seeds together is "
         "below. Reward and accuracy: yes if the whole interval of the difference lies within the margin, no if it is "
-        "below it. Otherwise open, as is everything that rests on an unfinished run."
+        "below it. Otherwise open, as is everything that rests on a run that is unfinished or not measured to its end."
     )
     return Section(
         "What was claimed, what came out", text, markdown(["claim", "model", "came out", "as claimed"], table)
@@ -81,15 +81,17 @@ def _answers(claim: str, results: Results) -> Iterator[Answer]:
     if claim == OFFLINE:
         yield from _offline(results)
         return
-    kl, reward = compared(results, K3), last_quarter(compared(results, "reward"))
-    found = {
-        KERNELS: (("qat",), lambda: _kernels(results)),
-        FACTOR: (("noqat", "qat"), lambda: _factor(kl["noqat"], kl["qat"])),
-        FLOOR: (("qat", "bf16"), lambda: _floor(kl["qat"], kl["bf16"])),
-        REWARD: (("qat", "bf16"), lambda: _reward(reward["qat"], reward["bf16"])),
-    }
-    names, answer = found[claim]
-    yield _finished(results, names, answer())
+    if claim == KERNELS:
+        yield _finished(results, ("qat",), _kernels(results))
+        return
+    names, column, answer = {
+        FACTOR: (("noqat", "qat"), K3, _factor),
+        FLOOR: (("qat", "bf16"), K3, _floor),
+        REWARD: (("qat", "bf16"), "reward", _reward),
+    }[claim]
+    found = compared(results, column, names)
+    found = last_quarter(found) if claim == REWARD else found
+    yield _finished(results, names, answer(*(found[name] for name in names)))
 
 
 def _finished(results: Results, names: Sequence[str], answer: Answer) -> Answer:
@@ -105,10 +107,16 @@ def within(difference: Estimate, margin: float) -> str:
     return "no" if difference.high < -margin else "open"
 
 
-def compared(results: Results, column: str) -> Mapping[str, BySeed]:
-    """`Results.common` of the runs without suffixes; those that are not there are empty."""
-    found = results.common([name for name in PLAIN if name in results.names()], column)
-    return {name: found.get(name, {}) for name in PLAIN}
+def compared(results: Results, column: str, names: Sequence[str]) -> Mapping[str, BySeed]:
+    """`Results.common` of these runs and no others, which may have made fewer steps; those not there are empty."""
+    found = results.common([name for name in names if name in results.names()], column)
+    return {name: found.get(name, {}) for name in names}
+
+
+def _lacking(results: Results, name: str, measured: Collection[str]) -> str:
+    """``; not measured to the end: qat-s1``: runs of a name, of all seeds, that are not among the measured ones."""
+    missing = [key for key in results.keys(name).values() if key not in measured]
+    return f"; not measured to the end: {', '.join(missing)}" if missing else ""
 
 
 def _kernels(results: Results) -> Answer:
@@ -118,8 +126,16 @@ def _kernels(results: Results) -> Answer:
     ratio = paired_ratio(rows)
     bound = factor(ratio.bound95)
     text = f"{with_interval(ratio, factor)}, bound {bound}{seeds(ratio_of_each(results), factor)}"
+    if missing := _lacking(results, "qat", _measured_last(results, rows)):
+        return text + missing, "open"
     held = "yes" if ratio.bound95 <= KERNELS_AT_MOST else "no" if ratio.low > KERNELS_AT_MOST else "open"
     return text, held
+
+
+def _measured_last(results: Results, rows: Sequence[Row]) -> set[str]:
+    """Runs whose weights after the last step are among the rows; weights are measured in the order of their steps."""
+    last = {run["run"]: run["steps"] for run in results.runs}
+    return {row["run"] for row in rows if row["step"] == last[row["run"]]}
 
 
 def _factor(noqat: BySeed, qat: BySeed) -> Answer:
@@ -161,13 +177,20 @@ def _offline(results: Results) -> Iterator[Answer]:
         apart = difference_of_problems(own, base)
         text = f"{ARM_LABELS[name]} {with_interval(apart, signed_points)} points"
         text += seeds(differences(own, base), signed_points)
-        yield _finished(results, ("bf16", name), (text, within(apart, ACCURACY_MARGIN)))
+        missing = "".join(
+            _lacking(results, n, {results.keys(n)[s] for s in of}) for n, of in (("bf16", base), (name, own))
+        )
+        held = "open" if missing else within(apart, ACCURACY_MARGIN)
+        yield _finished(results, ("bf16", name), (text + missing, held))
 
+
+SHOWN = ("bf16", "noqat", "qat")
+"""Runs of README's table."""
 
 HEADLINE = [
     "model",
     "seeds × steps",
-    *(f"k3 KL {ARM_LABELS[arm]}" for arm in ("bf16", "noqat", "qat")),
+    *(f"k3 KL {ARM_LABELS[arm]}" for arm in SHOWN),
     "no QAT / QAT",
     "QAT / bf16",
     "reward at the end, QAT − bf16",
@@ -178,11 +201,12 @@ def headline(experiments: Sequence[Results]) -> str:
     """README's table, a row for each model whose three arms have been run; empty if none has."""
     table = []
     for results in experiments:
-        kl, reward = compared(results, K3), last_quarter(compared(results, "reward"))
-        bf16, noqat, qat = (kl[arm] for arm in ("bf16", "noqat", "qat"))
+        kl = compared(results, K3, SHOWN)
+        reward = last_quarter(compared(results, "reward", SHOWN))
+        bf16, noqat, qat = (kl[arm] for arm in SHOWN)
         if not (bf16 and noqat and qat and shared(noqat, qat) and shared(qat, bf16)):
             continue
-        early = " (unfinished)" if results.unfinished(("bf16", "noqat", "qat")) else ""
+        early = " (unfinished)" if results.unfinished(SHOWN) else ""
         table.append(
             [
                 MODELS[results.name],

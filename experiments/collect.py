@@ -10,7 +10,8 @@
 =================  =================================================================================================
 
 Runs that are there already are replaced, others stay: an experiment can be collected in pieces. So are measured rows,
-each kind, step, variant and precision of a run by itself; of rows measured again the newest is taken.
+each kind, step, variant and precision of a run by itself; of rows measured again the newest is taken. Those of a run
+that has been made again go with it, as they are about weights that nobody has any more.
 
 Commit, GPU, versions and date are those that runs and measurements recorded themselves, not those of the collection.
 """
@@ -18,11 +19,11 @@ Commit, GPU, versions and date are those that runs and measurements recorded the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment
+from experiment import Experiment, Run
 from rows import read
 
 from nvfp4_qat.runlog import replace_file
@@ -40,16 +41,17 @@ MEASURED = ("run", "kind", "step", "variant", "precision")
 """What tells a measured row from the others."""
 
 
-def collect(experiment: Experiment, out: Path, results: Path) -> None:
+def collect(experiment: Experiment, out: Path, results: Path, others: Sequence[Run] = ()) -> None:
     """Write the files.
 
     Args:
         experiment: whose.
         out: its directory.
         results: where the files go.
+        others: runs that need not be among the file's, as they have other seeds.
     """
     runs, metrics = [], []
-    for run in experiment.chosen(None, None):
+    for run in dict.fromkeys([*experiment.chosen(None, None), *others]):
         folder = out / run.key
         rows = read(folder / f"metrics-{experiment.arm(run.name)}.jsonl")
         if not rows or not (folder / "summary.json").exists():
@@ -62,6 +64,7 @@ def collect(experiment: Experiment, out: Path, results: Path) -> None:
         arm = experiment.arm(run.name)
         runs.append({"run": run.key, "name": run.name, "arm": arm, "seed": run.seed, "steps": len(rows), **about})
         metrics += [{"run": run.key, **{c: _short(row[c]) for c in COLUMNS if c in row}} for row in rows]
+    _forget(results / "measured.jsonl", _made_again(read(results / "metrics.jsonl"), metrics))
     _merge(results / "runs.jsonl", runs)
     _merge(results / "metrics.jsonl", metrics)
     measured = [row for path in sorted(out.glob("measured-*.jsonl")) for row in read(path)]
@@ -79,6 +82,21 @@ def _sharing(out: Path, key: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _made_again(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Runs whose first step is another than it was: of one that is continued it stays, down to its seconds."""
+    first, again = ({row["run"]: row for row in rows if row["step"] == 0} for rows in (before, now))
+    both = first.keys() & again.keys()
+    return {run for run in both if any(first[run][c] != again[run][c] for c in first[run].keys() & again[run].keys())}
+
+
+def _forget(path: Path, runs: Collection[str]) -> None:
+    rows = read(path)
+    if kept := [row for row in rows if row["run"] not in runs]:
+        _write(path, kept)
+    elif rows:
+        path.unlink()
+
+
 def _identity(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, ...]:
     return tuple(row.get(column) for column in columns)
 
@@ -91,7 +109,11 @@ def _merge(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
     merged = [row for row in read(path) if _identity(row, columns) not in new] + rows
     merged.sort(key=lambda row: str(row["run"]))  # stable: a run's rows keep their order
     if merged:
-        replace_file(path, "".join(json.dumps(row) + "\n" for row in merged).encode())
+        _write(path, merged)
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _short(value: float) -> float:

@@ -20,7 +20,8 @@ is not measured again.
 
 All runs of an experiment begin with the same weights: those before the first step are measured once, as the first
 run's. A row also holds `nvfp4_qat.machine.circumstances`, and in ``weights`` how the weights' digest begins: where a
-run has been made again, its rows are measured again.
+run has been made again, its rows are measured again. Weights are kept where the run was made: `unmeasured` says what
+cannot be measured any more without them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from experiment import Experiment, Run
+from pool import follow
 from rows import read
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,6 +70,9 @@ EVALUATED, EVALUATED_SAMPLES = 512, 8
 KINDS = ("paired", "evaluation")
 """Of rows. Those of a seed's runs are in a file for each, so that they can be measured at the same time."""
 
+FFN = "nvfp4-ffn"
+"""The precision of an engine that leaves attention in bf16."""
+
 VARIANT_STEPS = 3
 """On how many of a run's kept weights other contracts are tried: the first, the last, and between."""
 
@@ -90,7 +95,7 @@ class Bench:
         if ffn:
             other = load_model(cfg.model, seed=cfg.weights_seed).model
             prepare_arm(other, "qat-ffn")
-            self.plans["nvfp4-ffn"] = arm_plan(other, "qat-ffn")
+            self.plans[FFN] = arm_plan(other, "qat-ffn")
         self._end = contextlib.ExitStack()
         stops = stop_ids(self.model, self.tokenizer)
         self.engines: dict[str, SamplingEngine] = {}
@@ -161,14 +166,13 @@ class Bench:
             rows += response_logprobs(self.model, part).tolist()
         return [row[: len(sample.response)] for row, sample in zip(rows, samples, strict=True)]
 
-    def evaluations(self, masters: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-        """One row's numbers for each precision."""
-        for name, engine in self.engines.items():
-            plan = self.plans[name]
-            stream = iter(masters.items()) if name == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
-            engine.load(stream)
-            right, length = right_answers(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
-            yield {"precision": name, "samples": EVALUATED_SAMPLES, "right": right, "response_length": length}
+    def evaluation(self, masters: Mapping[str, Tensor], precision: str) -> dict[str, Any]:
+        """One evaluation's numbers; ``precision`` is one of `precisions`."""
+        engine, plan = self.engines[precision], self.plans[precision]
+        stream = iter(masters.items()) if precision == "bf16" else sides(masters, plan, VARIANTS["contract"]).stream()
+        engine.load(stream)
+        right, length = right_answers(engine, self.task, self.tokenizer, EVALUATED, EVALUATED_SAMPLES)
+        return {"samples": EVALUATED_SAMPLES, "right": right, "response_length": length}
 
 
 def _flat(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
@@ -236,23 +240,48 @@ def _measure(experiment: Experiment, out: Path, todo: Sequence[tuple[Run, dict[s
         return
     cfg = experiment.config(todo[0][0], out)
     where = circumstances(trainer_device(cfg), ROOT)
-    evaluated = any(row["kind"] == "evaluation" for _, row in todo)
-    ffn = evaluated and any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
-    with Bench(cfg, ffn) as bench:
+    with Bench(cfg, any(row.get("precision") == FFN for _, row in todo)) as bench:
         for path, several in groupby(todo, lambda item: item[1]["path"]):
             masters = bench.weights(Path(path))
             told = {"weights": weights_word(masters), **where}
             for run, row in several:
                 del row["path"]
                 if row["kind"] == "paired":
-                    found = [bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")]
+                    numbers = bench.paired(masters, VARIANTS[row["variant"]], f"{row['run']}/{row['step']}")
                 else:
-                    found = list(bench.evaluations(masters))
-                append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **told} for numbers in found])
+                    numbers = bench.evaluation(masters, row["precision"])
+                append(measured_file(out, run.seed, row["kind"]), [{**row, **numbers, **told}])
+
+
+def unmeasured(experiment: Experiment, out: Path, runs: Sequence[Run]) -> list[str]:
+    """Runs that are to be measured, have not been, and whose weights are not where they were kept.
+
+    Args:
+        experiment: says what is measured.
+        out: its directory.
+        runs: which have made all their steps.
+    """
+    found = []
+    for run in runs:
+        cfg = experiment.config(run, out)
+        if not cfg.keep_every or cfg.steps in kept_weights(out / run.key, experiment.arm(run.name)):
+            continue
+        rows = {kind: read(measured_file(out, run.seed, kind)) for kind in KINDS}
+        kinds = KINDS if run.name in (*experiment.paired, experiment.variants) else ("evaluation",)
+        last = {kind for kind in KINDS for row in rows[kind] if (row["run"], row["step"]) == (run.key, cfg.steps)}
+        if not last.issuperset(kinds):
+            found.append(run.key)
+    return found
+
+
+def precisions(experiment: Experiment) -> list[str]:
+    """What weights are evaluated in: by plan of the `Bench`."""
+    ffn = any(experiment.arm(name) == "qat-ffn" for name in experiment.runs)
+    return ["bf16", "nvfp4", *([FFN] if ffn else [])]
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["kind"], row["run"], row["step"], row.get("variant")
+    return row["kind"], row["run"], row["step"], row.get("variant"), row.get("precision")
 
 
 def _rows(experiment: Experiment, out: Path, run: Run) -> Iterator[dict[str, Any]]:
@@ -265,10 +294,10 @@ def _rows(experiment: Experiment, out: Path, run: Run) -> Iterator[dict[str, Any
         return {"kind": kind, "run": run.key, "step": step, **more, "path": str(kept[step])}
 
     seed = experiment.seeds[0]
-    if 0 in kept and run == Run(next(iter(experiment.runs)), seed):
-        yield row("evaluation", 0)
-    if max(kept) > 0:
-        yield row("evaluation", max(kept))
+    first = 0 in kept and run == Run(next(iter(experiment.runs)), seed)
+    for step in (*([0] if first else []), *([max(kept)] if max(kept) > 0 else [])):
+        for precision in precisions(experiment):
+            yield row("evaluation", step, precision=precision)
     if run.name in experiment.paired:
         for step in kept:
             if step > 0 or run == Run(experiment.paired[0], seed):
@@ -291,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="")
     parser.add_argument("--kinds", default=",".join(KINDS))
     args = parser.parse_args(arguments)
+    follow()
     try:
         experiment = Experiment.load(args.config)
         names = tuple(filter(None, args.runs.split(","))) or None

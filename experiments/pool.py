@@ -1,7 +1,8 @@
 """Processes that take turns on GPUs, and that end together: when one fails, when time is up, on Ctrl-C and SIGTERM.
 
 A process is the first of a group of its own. Whatever way it ends, what is left of its group is killed: an engine's
-processes would keep their GPU.
+processes would keep their GPU. A command that is killed itself cannot do that; so a process looks after it, and ends in
+order when it is no more (`follow`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -28,6 +30,9 @@ LOOK_EVERY = 20.0
 
 SHARED = "NVFP4_QAT_SHARED"
 """The variable that tells a process how many may be on its GPU at a time, itself counted; empty without a GPU."""
+
+STARTED_BY = "NVFP4_QAT_STARTED_BY"
+"""The variable that tells a process which one has started it."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,29 @@ class Pool:
         seen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         # Told to them, as an installed package does not know its commit.
         known = commit(Path(__file__).resolve().parent.parent) or ""
-        told = {"NVFP4_QAT_COMMIT": known, SHARED: str(sharing) if gpu else ""}
+        told = {"NVFP4_QAT_COMMIT": known, SHARED: str(sharing) if gpu else "", STARTED_BY: str(os.getpid())}
         environment = {**os.environ, **seen, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, str(task.script), *task.arguments]
         with log.open("ab") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+
+
+def follow() -> None:
+    """In a process of a `Pool`: end in order when the command that started it is no more."""
+    parent = os.environ.pop(STARTED_BY, "")
+    if parent:
+        threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    print("the command that started this process is gone", file=sys.stderr, flush=True)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    time.sleep(GRACE)
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:

@@ -33,7 +33,6 @@ import functools
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +44,7 @@ from torch import Tensor
 import nvfp4_qat as nq
 from nvfp4_qat.engine_memory import GIB, write_config
 from nvfp4_qat.rollout import Rollout
+from nvfp4_qat.start_folder import start_folder, start_word
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -170,9 +170,9 @@ class Experiment:
 
         def action() -> tuple[float, list[Row]]:
             start = time.perf_counter()
-            with tempfile.TemporaryDirectory(prefix="nvfp4-qat-") as folder:
-                directory = Path(folder, self.args.model)
-                write_config(directory, self.bare.model, self.bare.plan if self.args.arm == "nvfp4" else None)
+            model, plan = self.bare.model, self.bare.plan if self.args.arm == "nvfp4" else self.bare.plan.unquantized()
+            with start_folder(start_word(model.config, plan)) as directory:  # so that what vLLM compiled is found again
+                write_config(directory, model, plan if plan.quantized else None)
                 self.engine = Engine(directory, options(self.args, self.world))
             return time.perf_counter() - start, self.engine.memory()
 

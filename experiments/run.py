@@ -2,7 +2,7 @@
 
 Every run is a process of its own (``nvfp4_qat.demo.run_demo`` with one arm), and as many run at a time as there are
 GPUs, times ``--per-gpu``. The model is warmed up once before, and what the finished runs kept is measured afterwards
-(`measure`). At the end the rows are collected below ``experiments/results/`` (`collect`).
+(`measure`). However a command ends, the rows that are there are collected below ``experiments/results/`` (`collect`).
 
 ``--minutes`` ends the runs in time, as Ctrl-C and SIGTERM do at any time; the same command continues them. The exit
 status is 0 when everything is done, and 3 when there is more to do.
@@ -18,21 +18,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from collect import collect, sharing_file
 from experiment import Experiment, Run
-from measure import KINDS, measured_file
-from pool import SHARED, Interrupts, Pool, Task
+from measure import KINDS, measured_file, unmeasured
+from pool import SHARED, Interrupts, Pool, Task, follow
 from rows import read
 from starts import check_starts, warm_up_all
 
 from nvfp4_qat.alone import alone
 from nvfp4_qat.demo import run_demo
+from nvfp4_qat.demo_config import DemoConfig
 from nvfp4_qat.errors import UserError
 from nvfp4_qat.jsonl import append_rows
+from nvfp4_qat.run_files import read_summary
+from nvfp4_qat.starting_weights import Start
 
 UNFINISHED = 3
 """Exit status of a command that has to be given again."""
@@ -61,12 +65,23 @@ def _all(experiment: Experiment, out: Path, args: argparse.Namespace, interrupts
     _require(experiment, runs, out)
     deadline = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
     slots = [gpu for _ in range(args.per_gpu) for gpu in args.gpus or _gpus()]
-    pool, done = Pool(slots, out, deadline, interrupts), True
+    pool, done, results = Pool(slots, out, deadline, interrupts), True, args.results / experiment.name
     for tasks, say in _stages(experiment, runs, args.config, out):
         check_starts(experiment, runs, out)
-        done = done and pool.finish(tasks, say)
+        try:
+            done = done and pool.finish(tasks, say)
+        except (KeyboardInterrupt, UserError):
+            with suppress(UserError):  # of two reasons the first one is told
+                check_starts(experiment, runs, out)
+                collect(experiment, out, results, runs)
+            raise
     check_starts(experiment, runs, out)
-    collect(experiment, out, args.results / experiment.name)
+    collect(experiment, out, results, runs)
+    if done and (lost := unmeasured(experiment, out, runs)):
+        raise UserError(
+            f"{', '.join(lost)}: not measured, and the weights after the last step are not in {out}: bring back what "
+            "these runs kept (weights-*), or remove their directories and give the command again"
+        )
     return 0 if done else UNFINISHED
 
 
@@ -90,7 +105,7 @@ def _stages(
         if folder.is_dir():
             with alone(folder):  # said now and not by a process among others, which all would be ended for it
                 pass
-    if any(experiment.config(run, out).warmup_steps for run in waiting):
+    if any(_has_to_warm_up(experiment.config(run, out)) for run in waiting):
         named = ["--runs", ",".join(dict.fromkeys(run.name for run in waiting))]
         yield [Task("warm-up", script, [*common, *named, "--one", "warm-up"])], lambda: "warm-up"
     tasks = [Task(run.key, script, [*common, "--one", run.key]) for run in waiting]
@@ -140,6 +155,7 @@ def _gpus() -> list[str]:
 
 def _one(experiment: Experiment, runs: Sequence[Run], out: Path, key: str) -> int:
     """The warm-up of some runs, or one run."""
+    follow()
     if key == "warm-up":
         warm_up_all(experiment, runs, out)
     else:
@@ -171,8 +187,18 @@ def _rows(experiment: Experiment, run: Run, out: Path) -> list[dict[str, Any]]:
 
 
 def _finished(experiment: Experiment, run: Run, out: Path) -> bool:
+    """Whether all steps have been made, and a summary written that knows of them."""
     steps = experiment.config(run, out).steps
-    return len(_rows(experiment, run, out)) >= steps and (out / run.key / "summary.json").exists()
+    told = read_summary(out / run.key).get("arms", {}).get(experiment.arm(run.name)) or {}
+    return len(_rows(experiment, run, out)) >= steps and told.get("steps", 0) >= steps
+
+
+def _has_to_warm_up(cfg: DemoConfig) -> bool:
+    """Whether a run may find no warmed-up weights. One that has begun says which, and sees that it gets them."""
+    if not cfg.warmup_steps:
+        return False
+    start = Start.read(cfg.out)
+    return start is None or start.file is None or cfg.cache is None or not (cfg.cache / start.file).is_file()
 
 
 def _state(experiment: Experiment, run: Run, out: Path) -> str:

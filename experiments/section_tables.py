@@ -74,6 +74,7 @@ def real_size(rows: Sequence[Row]) -> Section | None:
     arms = [arm for arm in ("bf16", "nvfp4") if any(row["arm"] == arm for row in rows)]
     if not arms:
         return None
+    rows = [row for arm in arms for row in _last_run([row for row in rows if row["arm"] == arm])]
     last: dict[tuple[str, str], Row] = {(row["arm"], row["what"]): row for row in rows}
     table = []
     for what, column, words, write in REAL_SIZE:
@@ -91,3 +92,9 @@ def real_size(rows: Sequence[Row]) -> Section | None:
         f"parallel) on the same GPUs, asleep while the trainer computes. Medians; {first['date'][:10]}."
     )
     return Section("Experiment 3 at real size", text, markdown(["", *arms], table))
+
+
+def _last_run(rows: Sequence[Row]) -> Sequence[Row]:
+    """Of an arm's rows those of its last run, whose first one is its budget: one that ended early takes no others."""
+    begins = [i for i, row in enumerate(rows) if row["what"] == "budget"]
+    return rows[begins[-1] :] if begins else rows

@@ -120,6 +120,20 @@ def machines(rows: Iterable[Row]) -> str:
     return f"{gpus}, {', '.join(packages)}, commit {commits}, {_list(row['date'] for row in found)}."
 
 
+def sharing(runs: Iterable[Row]) -> str:
+    """Among how many a GPU was shared, in a sentence; empty where each run had one of its own.
+
+    Args:
+        runs: rows of ``runs.jsonl``.
+    """
+    counts = {run.get("runs_on_gpu") for run in runs}
+    known = sorted(count for count in counts if count)
+    if not known or known == [1]:
+        return "" if known and None not in counts else "How many runs shared a GPU was not recorded."
+    unknown = ", of some runs it was not recorded how many" if None in counts else ""
+    return f"Seconds are those of a GPU that up to {known[-1]} runs shared{unknown}."
+
+
 def settings(runs: Iterable[Row]) -> str:
     """What runs have in common, and what is said about their model, in sentences; empty where rows do not say it.
 

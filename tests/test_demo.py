@@ -117,6 +117,30 @@ def test_ctrl_c_leaves_a_report_and_resume_finishes_the_run(tmp_path, saved_mode
     assert summary["seconds"] > 0
 
 
+def test_a_piece_of_a_run_that_was_killed_is_told_too(tmp_path, saved_model, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        if args[-1] == 2:
+            raise Killed
+        return step(*args)
+
+    step = demo.train_arm.__globals__["train_step"]
+    cfg = micro_config(tmp_path / "run", model=saved_model, arms=("qat",), checkpoint_seconds=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo.train_arm.__globals__, "train_step", killed)
+        patch.setattr(demo, "circumstances", lambda device: {"commit": "one"})
+        with pytest.raises(Killed):
+            run_demo(cfg)
+    left = json.loads((cfg.out / "summary.json").read_text())
+    assert left["circumstances"] == [{"commit": "one"}] and left["interrupted"] is True
+    assert left["config"] and left["starting_weights"]
+    monkeypatch.setattr(demo, "circumstances", lambda device: {"commit": "other"})
+    summary = run_demo(micro_config(cfg.out, model=saved_model, arms=("qat",), resume=True))
+    assert summary["circumstances"] == [{"commit": "one"}, {"commit": "other"}] and "interrupted" not in summary
+
+
 def test_resume_may_add_arms_but_not_change_settings(tmp_path, saved_model, monkeypatch):
     out = tmp_path / "run"
     run_demo(micro_config(out, model=saved_model, arms=("bf16",), steps=1))

@@ -211,6 +211,47 @@ def test_measured_rows_are_replaced_one_by_one_and_by_the_newest(finished, tmp_p
     assert len(after) == len(before) and [r for r in after if r not in before] == [{**row, "right": [2]}]
 
 
+def test_measured_rows_go_with_the_run_that_they_are_of(finished, tmp_path):
+    """One that is made again has other weights, and there is nothing to measure the old ones on."""
+    experiment = Experiment.load(finished / "dense.yaml")
+    results = tmp_path / "results"
+    shutil.copytree(finished / "results" / "dense", results)
+    before = read(results / "measured.jsonl")
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s0")
+    collect(experiment, out, results)  # the same run, measured elsewhere
+    assert read(results / "measured.jsonl") == before
+    rows = read(out / "qat-s0" / "metrics-qat.jsonl")
+    write(out / "qat-s0" / "metrics-qat.jsonl", [{**rows[0], "time/step": 1.5}, *rows[1:]])
+    collect(experiment, out, results)
+    assert read(results / "measured.jsonl") == [row for row in before if row["run"] == "bf16-s0"]
+    assert {row["run"] for row in read(results / "metrics.jsonl")} == {"bf16-s0", "qat-s0"}
+
+
+def test_runs_with_other_seeds_than_the_file_s_are_collected(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out" / "qat-s0", out / "qat-s7")
+    collect(Experiment.load(finished / "dense.yaml"), out, tmp_path / "results", [Run("qat", 7)])
+    assert [(row["run"], row["seed"]) for row in read(tmp_path / "results" / "runs.jsonl")] == [("qat-s7", 7)]
+
+
+def test_weights_that_are_gone_before_they_were_measured_are_told(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    monkeypatch.setattr(run.Pool, "finish", lambda *_: True)
+    command = [str(finished / "dense.yaml"), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    for name in ("bf16", "qat"):
+        shutil.rmtree(tmp_path / "out" / f"{name}-s0" / f"weights-{name}")
+    assert run.main(command) == 0  # they have been measured
+    measure.measured_file(tmp_path / "out", 0, "paired").unlink()
+    assert run.main(command) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: qat-s0: not measured, and the weights after the last step are not"
+    )
+    measure.measured_file(tmp_path / "out", 0, "evaluation").unlink()
+    assert run.main(command) == 2 and "error: bf16-s0, qat-s0: not measured" in capsys.readouterr().err
+    assert (tmp_path / "results" / "dense" / "runs.jsonl").exists()
+
+
 def test_what_is_done_is_not_done_again(finished, capsys):
     files = [*(finished / "out").rglob("*.jsonl"), *(finished / "out" / "logs").iterdir()]
     assert "warm-up.log" not in {path.name for path in files}  # none was asked for
@@ -240,7 +281,7 @@ def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, mon
     save_file(other, kept / "step-2.safetensors")
     measure.measure(experiment, out, experiment.chosen(None, None))
     assert {(row["run"], row["step"]) for row in todo} == {("qat-s0", 2)}
-    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 1 + len(VARIANTS)
+    assert {row["kind"] for row in todo} == {"paired", "evaluation"} and len(todo) == 2 + len(VARIANTS)
     # A row that was measured before, and one of the present weights behind it: nothing is left to do for that one.
     again = next(row for row in rows if (row["kind"], row["run"], row["step"]) == ("paired", "qat-s0", 2))
     now = digest(other)[:16]
@@ -253,6 +294,23 @@ def test_weights_that_were_made_again_are_measured_again(finished, tmp_path, mon
     collect(experiment, out, tmp_path / "results")
     newest = [row for row in read(tmp_path / "results" / "measured.jsonl") if row["kind"] == "paired"]
     assert len(newest) == 3 * len(VARIANTS) and {**again, "weights": now} in newest and again not in newest
+
+
+def test_an_evaluation_that_was_torn_is_made_up_for(finished, tmp_path, monkeypatch):
+    """One precision's row was there when the process was killed, and of the next one a part."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    experiment, todo = Experiment.load(finished / "dense.yaml"), []
+    file = measure.measured_file(out, 0, "evaluation")
+    *whole, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole) + last[: len(last) // 2])
+    monkeypatch.setattr(measure, "_measure", lambda experiment, out, found: todo.extend(row for _, row in found))
+    measure.measure(experiment, out, experiment.chosen(None, None))
+    missing = json.loads(last)
+    (row,) = todo
+    assert {key: row[key] for key in ("kind", "run", "step", "precision")} == {
+        key: missing[key] for key in ("kind", "run", "step", "precision")
+    }
 
 
 def test_a_run_is_ended_in_time_and_continued(tmp_path, capsys):
@@ -331,6 +389,8 @@ def test_committed_files_are_right(path, tmp_path):
     for chosen in experiment.chosen(None, None):
         cfg = experiment.config(chosen, tmp_path)
         assert cfg.rollout == "vllm" and cfg.rollout_kv_cache and cfg.seed == chosen.seed
+        measured = chosen.name in (*experiment.paired, experiment.variants)
+        assert cfg.keep_every == (20 if measured else cfg.steps)  # what nobody measures would fill a disk
     assert set(MODELS) >= {experiment.name}
 
 

@@ -71,6 +71,32 @@ def test_sections_of_single_files(tmp_path):
     assert "| engine: weights | – | 5.37 GB |" in size.table
 
 
+def test_a_run_at_real_size_that_ended_early_is_not_filled_up_with_an_earlier_one(tmp_path):
+    where = {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02 03:04", "vllm": "0.24.0", "gpus": 4}
+    about = {"model": "Qwen/X", "masters": "fp32", "tokens": 4096, **where}
+    run = [{"what": "budget"}, {"what": "steps", "seconds": 9.0}, {"what": "generate", "tokens_per_second": 12345.0}]
+    again = [{"what": "budget"}, {"what": "steps", "seconds": 2.5}]
+    append(tmp_path / "real_size.jsonl", [{"arm": "nvfp4", **row, **about} for row in (*run, *again)])
+    append(tmp_path / "real_size.jsonl", [{"arm": "bf16", **row, **about} for row in run])
+    *_, size = sections.sections(tmp_path)
+    assert "| a whole step | 9.00 s | 2.50 s |" in size.table and "| tokens a second | 12,345 | – |" in size.table
+
+
+def test_seconds_of_runs_that_shared_a_gpu_are_called_that(tmp_path):
+    said = {None: "How many runs shared a GPU was not recorded.", 1: "", 4: "of a GPU that up to 4 runs shared."}
+    for count, expected in said.items():
+        told = words.sharing([{"runs_on_gpu": count}] * 2)
+        assert told.endswith(expected) and bool(told) == bool(expected)
+    assert words.sharing([{"runs_on_gpu": 2}, {"run": "older"}]).endswith(
+        ", of some runs it was not recorded how many."
+    )
+    write_experiment(tmp_path / "dense", ARMS)
+    assert (
+        "Seconds are those of a GPU that up to 3 runs shared."
+        in comparison("x", Results("dense", tmp_path), list(ARMS), "x.png").text
+    )
+
+
 def test_the_page_is_that_of_the_committed_rows():
     page = (ROOT / "docs" / figures.PAGE).read_text(encoding="utf-8")
     made = sections.sections()
@@ -113,7 +139,7 @@ def test_claims_without_rows_are_not_run(tmp_path):
 def test_claims_are_answered(tmp_path):
     write_experiment(tmp_path / "dense", ARMS)
     rows = [evaluation_row(f"{arm}-s{s}", 200, "bf16", 0.5 if arm == "noqat" else 0.8) for arm in ARMS for s in (0, 1)]
-    write(tmp_path / "dense/measured.jsonl", [*rows, paired_row("qat-s0", 20, ratio=1.2), paired_row("qat-s1", 20)])
+    write(tmp_path / "dense/measured.jsonl", [*rows, paired_row("qat-s0", 200, ratio=1.2), paired_row("qat-s1", 200)])
     made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
     found = {(row[0], row[2].split(" ")[0]): row[2:] for row in cells(made.table) if row[1].startswith("Qwen3 of")}
     answers = {claim: held for (claim, _), (_, held) in found.items()}
@@ -165,6 +191,33 @@ def test_unfinished_runs_leave_claims_open(tmp_path):
         text, answer = held(tmp_path, claim)
         assert text.endswith("; unfinished: qat-s1: 180 of 200 steps") and answer == "open"
     assert "2 × 180 (unfinished)" in claims.headline([Results("dense", tmp_path)])
+
+
+def test_a_claim_rests_on_the_steps_of_its_own_runs(tmp_path):
+    """And not on those that an arm which it does not speak of has made."""
+    answers = {}
+    for name, cut in (("whole", {}), ("cut", {"qat-ffn-s0": 60, "qat-ffn-s1": 100})):
+        write_experiment(tmp_path / name / "dense", {**ARMS, "qat-ffn": "qat-ffn"}, cut=cut)
+        answers[name] = [held(tmp_path / name, claim) for claim in (claims.FACTOR, claims.FLOOR, claims.REWARD)]
+        answers[name].append(claims.headline([Results("dense", tmp_path / name)]))
+    assert answers["cut"] == answers["whole"] and "2 × 200" in answers["cut"][-1]
+
+
+def test_runs_that_are_not_measured_to_their_end_leave_claims_open(tmp_path):
+    write_experiment(tmp_path / "dense", ARMS)
+    steps = {"qat-s0": (20, 200), "qat-s1": (20,)}
+    paired_rows = [paired_row(run, step) for run, there in steps.items() for step in there]
+    evaluated = [evaluation_row(f"{arm}-s{s}", 200, "bf16", 0.8) for arm in ARMS for s in (0, 1)]
+    file = tmp_path / "dense/measured.jsonl"
+    write(file, [*paired_rows, *(row for row in evaluated if row["run"] != "qat-s1")])
+    text, answer = held(tmp_path, claims.KERNELS)
+    assert text.endswith("; not measured to the end: qat-s1") and answer == "open"
+    made = claims.claims(*(Results(name, tmp_path) for name in ("dense", "moe", "smollm2")))
+    offline = [row[2:] for row in cells(made.table) if row[0] == claims.OFFLINE]
+    assert offline[0][1] == "yes"  # without QAT
+    assert offline[1][0].endswith("; not measured to the end: qat-s1") and offline[1][1] == "open"
+    write(file, [*paired_rows, paired_row("qat-s1", 200), *evaluated])
+    assert held(tmp_path, claims.KERNELS)[1] == "yes"
 
 
 def test_settings_are_said_as_far_as_rows_have_them():

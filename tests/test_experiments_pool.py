@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from nvfp4_qat.alone import alone
 from nvfp4_qat.errors import UserError
+from nvfp4_qat.jsonl import read_rows
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
@@ -156,6 +158,33 @@ def test_sigterm_ends_runs_in_order(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["interrupted"] is True
     with alone(folder):  # nobody works there any more
         pass
+    (row,) = read_rows(tmp_path / "results" / "x" / "runs.jsonl")  # and what there is has been collected
+    assert row["run"] == "bf16-s0" and row["steps"] == len(read_rows(metrics))
+
+
+def test_runs_end_in_order_when_their_command_is_killed(tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        CONFIG.replace("{steps: 1,", "{steps: 100000,").replace("warmup_steps: 60", "warmup_steps: 0")
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "experiments" / "run.py"), *command(tmp_path, "--runs", "bf16")],
+        stdout=subprocess.DEVNULL,
+    )
+    folder = tmp_path / "out" / "bf16-s0"
+    metrics = folder / "metrics-bf16.jsonl"
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n")))
+    process.kill()
+    process.wait()
+
+    def free():
+        with suppress(UserError), alone(folder):
+            return True
+        return False
+
+    wait_for(free, 30)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True and summary["arms"]["bf16"]["steps"] == len(read_rows(metrics))
+    assert (folder / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +248,49 @@ def test_a_run_is_not_added_on_another_machine(finished, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "warm-up failed" in message and "(ffffffffffff: bf16-s0; " in message and ": now): they were" in message
     assert not (tmp_path / "out" / "qat-s0").exists()
+
+
+def test_what_there_is_is_collected_where_a_run_fails(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    shutil.copy(finished / "x.yaml", tmp_path)
+    (tmp_path / "out" / "qat-s0" / "summary.json").unlink()
+
+    def fails(*_):
+        raise UserError("qat-s0 failed")
+
+    monkeypatch.setattr(run.Pool, "finish", fails)
+    assert run.main(command(tmp_path)) == 2 and capsys.readouterr().err == "error: qat-s0 failed\n"
+    assert [row["run"] for row in read_rows(tmp_path / "results" / "x" / "runs.jsonl")] == ["bf16-s0"]
+
+
+def planned(folder, monkeypatch, *options):
+    """What a command would start."""
+    found = []
+    monkeypatch.setattr(run.Pool, "finish", lambda pool, tasks, say: found.extend(task.name for task in tasks))
+    run.main(command(folder, *options))
+    return found
+
+
+def test_a_run_is_finished_when_its_summary_knows_of_all_steps(finished, tmp_path, monkeypatch):
+    """A process may be killed between the last row and the summary."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    assert planned(tmp_path, monkeypatch) == []
+    file = tmp_path / "out" / "qat-s0" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["arms"]["qat"]["steps"] = 0
+    file.write_text(json.dumps(summary))
+    assert planned(tmp_path, monkeypatch) == ["qat-s0"]
+
+
+def test_nothing_is_warmed_up_for_runs_that_have_their_weights(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("bf16-s0", "qat-s0"):
+        (tmp_path / "out" / name / "summary.json").unlink()
+    assert planned(tmp_path, monkeypatch) == ["bf16-s0", "qat-s0"]
+    shutil.rmtree(tmp_path / "out" / "qat-s0")  # one that has not begun could begin from others
+    assert planned(tmp_path, monkeypatch)[0] == "warm-up"
+    shutil.rmtree(tmp_path / "out" / "cache")
+    assert planned(tmp_path, monkeypatch, "--runs", "bf16")[0] == "warm-up"
 
 
 def test_a_run_that_another_command_is_at_work_on(finished, tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,45 @@ def test_vllm_is_started_with_what_the_run_says(made, tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6" and "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
     engine.close()
     assert llm.ended and not Path(llm.model).exists()
+
+
+def test_an_engine_starts_from_the_path_of_the_last_one_of_its_model(made, tmp_path, monkeypatch):
+    """As vLLM keeps what it compiles by the path of the model."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def path(*arguments):
+        started(tmp_path, *arguments)[2].close()
+        return made[-1].model
+
+    first = path("qat")
+    assert path("qat") == path("noqat") == first
+    others = {path("bf16"), path("qat-ffn"), path("qat", True)}
+    assert len(others) == 3 and first not in others
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_engines_of_a_model_at_a_time_start_from_paths_of_their_own(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engines = [started(tmp_path)[2] for _ in range(3)]
+    paths = [Path(llm.model) for llm in made]
+    assert len(set(paths)) == 3 and all((path / "config.json").is_file() for path in paths)
+    engines[1].close()
+    assert not paths[1].exists() and all((path / "config.json").is_file() for path in (paths[0], paths[2]))
+    paths[1].mkdir()
+    (paths[1] / "old.safetensors").touch()  # as a process leaves it that is killed
+    again = started(tmp_path)[2]
+    assert Path(made[-1].model) == paths[1] and not (paths[1] / "old.safetensors").exists()
+    for engine in (engines[0], engines[2], again):
+        engine.close()
+
+
+def test_a_place_for_checkpoints_that_is_another_user_s_is_not_used(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / f"nvfp4-qat-{os.getuid()}").symlink_to(theirs)
+    started(tmp_path)[2].close()
+    assert not list(theirs.iterdir()) and made[0].ended
 
 
 @pytest.mark.parametrize(("device", "number"), [(None, "0"), ("cuda:0", "0"), ("cuda:1", "1")])

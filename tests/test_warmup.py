@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +65,35 @@ def test_it_goes_on_as_if_nothing_had_been(tmp_path, whole, error, seconds, goes
     losses = []
     assert same(warmed(tmp_path, lambda step, loss: losses.append((step, loss))), whole[0])
     assert losses == whole[1][goes_on:]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
+
+
+def test_it_is_made_by_one_process_while_others_wait(tmp_path, whole):
+    """On a GPU two of them would end in weights that are not quite the same, and the later ones replace the first."""
+    held, go_on, found = threading.Event(), threading.Event(), []
+
+    def first(step, loss):
+        if step == 1:
+            held.set()
+            go_on.wait(60)
+
+    def second():
+        found.append(warmed(tmp_path, lambda step, loss: found.append("trained")))
+
+    def begun(target):
+        thread = threading.Thread(target=target, daemon=True)
+        thread.start()
+        return thread
+
+    one = begun(lambda: warmed(tmp_path, first))
+    assert held.wait(60)
+    other = begun(second)
+    other.join(2)
+    assert other.is_alive() and not found
+    go_on.set()
+    one.join(60)
+    other.join(60)
+    assert len(found) == 1 and same(found[0], whole[0])
     assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
 
 

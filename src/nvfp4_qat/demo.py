@@ -8,7 +8,7 @@ The directory of a run holds
 ``tensorboard/<arm>/``   the same as events
 ``checkpoint-<arm>.pt``  where to continue; gone once the arm is finished
 ``weights-<arm>/``       copies of the weights, where ``keep_every`` asks for them
-``summary.json``         means and comparisons, renewed after each arm and on Ctrl-C
+``summary.json``         means and comparisons, renewed after the first step of a command, after each arm and on Ctrl-C
 ``report.html``          what to look at, with ``curves.png``
 =======================  ==============================================================================
 
@@ -82,7 +82,7 @@ def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
     started = time.monotonic()
     _write_config(cfg, Start.read(cfg.out))
 
-    def conclude(interrupted: bool = False) -> dict[str, Any]:
+    def conclude(interrupted: bool = False, report: bool = True) -> dict[str, Any]:
         seconds = spent + time.monotonic() - started
         summary = summarize(cfg, task.name, {arm: log.rows for arm, log in logs.items()}, loaded.note, seconds)
         if (start := Start.read(cfg.out)) is not None:
@@ -92,13 +92,15 @@ def _run(cfg: DemoConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
         if interrupted:
             summary["interrupted"] = True
         replace_file(cfg.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        if any(log.rows for log in logs.values()):
+        if report and any(log.rows for log in logs.values()):
             write_report(cfg.out)
         return summary
 
     def progress(row: Row) -> None:
         nonlocal computed
-        computed = True
+        if not computed:
+            computed = True
+            conclude(interrupted=True, report=False)  # a kill leaves no rows of unknown code
         bar.step(row)
 
     threads = torch.get_num_threads()

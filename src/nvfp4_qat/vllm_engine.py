@@ -5,7 +5,8 @@ engine (`nvfp4_qat.engine`): packed weights where an arm samples in 4 bits, plai
 
 It is started with a checkpoint of the arm's first weights, and not with vLLM's random ones (``load_format="dummy"``).
 These would also overwrite what a checkpoint does not bring and no sync replaces, such as the scales of attention
-layers; a checkpoint costs a moment, and what the engine quantizes is then read from it as by any user.
+layers; a checkpoint costs a moment, and what the engine quantizes is then read from it as by any user. It lies where
+the last start of the same model had its own (`start_folder`), so that vLLM finds again what it compiled then.
 
 On a shared GPU vLLM may sleep while the trainer computes. It wakes up in two steps, so that its KV cache takes memory
 only when the weights are in place and the buffers they came in are gone.
@@ -19,7 +20,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .errors import MismatchError, UserError
 from .models import without_progress_bars
 from .plan import QuantPlan
 from .rollout import EXTENSION, Rollout
+from .start_folder import start_folder, start_word
 
 LONGEST = 4096
 """Most tokens of a prompt with its response, for models that take more; it bounds the KV cache of a request."""
@@ -83,7 +84,7 @@ class VllmEngine:
         self._length = _length(model)
         self._asleep = False
         with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nvfp4-qat-")), "start")
+            folder = stack.enter_context(start_folder(start_word(model.config, plan)))
             write_start(model, plan, folder)
             torch.cuda.empty_cache()  # vLLM looks at what is free
             self._llm = _started(folder, self._length, cfg)

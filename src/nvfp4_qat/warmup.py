@@ -5,7 +5,8 @@ steps or until a right answer is sampled with a given chance, and keeps the resu
 name that says what it depends on.
 
 A warm-up that is interrupted or killed is continued (`nvfp4_qat.warmup_partial`). Every batch is seeded by its step's
-number, so what is left comes out as it would have.
+number, so what is left comes out as it would have. Of processes that want the same one the first makes it, and the
+others wait.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .alone import in_turn
 from .damaged import read_saved
 from .demo_config import DemoConfig
 from .engine import Sample
@@ -69,11 +71,35 @@ def warm_up(
         return False
     device = torch.device(device)
     path = warmup_file(cfg, task, model, device)
-    if path.is_file():
-        weights = read_saved(path, set(model.state_dict()), "delete it; the warm-up is made again")
-        partial_file(path).unlink(missing_ok=True)  # of a process that was killed between the two
-        model.load_state_dict(weights)
+    if _is_loaded(model, path):
         return False
+    with in_turn(path):  # a second result, not quite the same, would replace the one that runs have begun from
+        if _is_loaded(model, path):
+            return False
+        _train(model, tokenizer, task, cfg, progress, device, path)
+    return True
+
+
+def _is_loaded(model: Any, path: Path) -> bool:
+    """Take the result of an earlier warm-up, where there is one."""
+    if not path.is_file():
+        return False
+    weights = read_saved(path, set(model.state_dict()), "delete it; the warm-up is made again")
+    partial_file(path).unlink(missing_ok=True)  # of a process that was killed between the two
+    model.load_state_dict(weights)
+    return True
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    cfg: DemoConfig,
+    progress: Callable[[int, float], None],
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Make a warm-up, or what is left of it, and keep its result."""
     model.to(device)
     held_out = _answers(tokenizer, task, HELD_OUT, f"held-out/{cfg.weights_seed}").to(device)
     optimizer = MasterAdamW(model.parameters(), cfg.warmup_lr, weight_decay=0.01)
@@ -95,7 +121,6 @@ def warm_up(
         model.to("cpu")
         save_file(path, model.state_dict())
     partial_file(path).unlink(missing_ok=True)
-    return True
 
 
 def _is_enough(model: Any, held_out: Batch, step: int, cfg: DemoConfig) -> bool:
