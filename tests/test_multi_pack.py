@@ -136,6 +136,21 @@ def test_packing_and_amax_in_one_pass(mode: Mode) -> None:
     assert torch.equal(amax.cpu(), expected)
 
 
+def test_packing_what_moved(mode: Mode) -> None:
+    """Items that are said to have moved are packed with their new multipliers, and nothing is written elsewhere."""
+    made = Packed(mode)
+    g = some_g(made.n)
+    made.packs(g.to(mode.device))
+    for chosen in (torch.arange(made.n) % 3 == 0, torch.arange(made.n) == 5, torch.ones(made.n, dtype=torch.bool)):
+        g = torch.where(chosen, g * 4, g)
+        made.packs(g.to(mode.device), moved=chosen.int().to(mode.device))
+        made.check(g)
+    made.buffer ^= 0xFF
+    made.packs(g.to(mode.device), moved=mode.zeros(made.n))
+    made.buffer ^= 0xFF
+    made.check(g)
+
+
 def test_comparing_finds_every_byte(mode: Mode) -> None:
     made = Packed(mode)
     g = some_g(made.n).to(mode.device)
