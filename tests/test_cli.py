@@ -167,6 +167,22 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert err.startswith("nvfp4-qat") and err.count("\n") == 1
 
 
+def test_the_help_of_the_demo_says_what_is_the_default(capsys, tmp_path):
+    from nvfp4_qat.demo_config import DemoConfig
+
+    _, out, _ = run(capsys, "demo", "--help")
+    text = " ".join(out.split())
+    for said in (
+        "steps of each arm (60)",
+        "learning rate (5e-05)",
+        "at that level while the trainer computes, 0 never (0)",
+    ):
+        assert said in text
+    other = DemoConfig.for_model("some/model", tmp_path)
+    assert f"Of smollm2 and models from elsewhere --steps {other.steps}, --prompts {other.prompts}" in text
+    assert "Of small and small-moe --steps 200" in text and "(None)" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

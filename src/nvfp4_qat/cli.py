@@ -23,6 +23,7 @@ from .cli_options import (
     capacity_options,
     capacity_settings,
     config_options,
+    demo_options,
     flag,
     json_option,
     metavar,
@@ -192,9 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", action="store_true", help="continue the run in --out, with the same settings")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     json_option(demo)
-    settings = demo.add_argument_group("settings", "What is not given follows the model's own defaults.")
-    for name, kind, help in DEMO_SETTINGS:
-        settings.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar(kind), help=help)
+    demo_options(demo)
 
     report = add(
         _report,

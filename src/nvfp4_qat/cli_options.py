@@ -1,10 +1,13 @@
 """Options that several commands of ``nvfp4-qat`` share, and how their values are read. Needs no torch."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .demo_config import PRESETS, DemoConfig
 from .errors import UserError
 
 MODEL_HELP = (
@@ -49,7 +52,7 @@ DEMO_SETTINGS: Sequence[tuple[str, Callable[[str], Any], str]] = (
     ("rollout_device", str, "GPU of vLLM, such as cuda:1; by default the trainer's, cuda:0"),
     ("rollout_memory", float, "share of that GPU's memory that vLLM takes"),
     ("rollout_kv_cache", float, "GiB of vLLM's KV cache; by default what is left of that share"),
-    ("task", str, "sort, chain, one-sentence, or a .parquet or .jsonl file of problems with answers"),
+    ("task", str, "sort, chain, one-sentence, or a .parquet or .jsonl file of problems with answers; else the model's"),
     ("steps", int, "steps of each arm"),
     ("seed", int, "of random weights, prompts and sampling"),
     ("model_seed", int, "of random weights and their warm-up, if not --seed"),
@@ -121,6 +124,25 @@ def config_options(parser: argparse.ArgumentParser, description: str | None = No
         "re:REGEX; may be given several times",
     )
     group.add_argument("--global-scale", metavar="POLICY", help="pow2 (default) or amax")
+
+
+def demo_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of a demo run; what is not given is not there, so that the model's own default is taken."""
+    by_settings: dict[str, list[str]] = {}
+    for model, settings in PRESETS.items():
+        told = ", ".join(f"{flag(name)} {value}" for name, value in settings.items())
+        by_settings.setdefault(told, []).append(model if model != "smollm2" else "smollm2 and models from elsewhere")
+    usual, *others = by_settings.items()
+    description = [f"Defaults are the model's. In brackets those of {' and '.join(usual[1])}."]
+    description += [f"Of {' and '.join(models)} {told}." for told, models in others]
+    group = parser.add_argument_group(
+        "settings", "\n".join(textwrap.fill(line, 76, break_on_hyphens=False) for line in description)
+    )
+    defaults = {field.name: field.default for field in fields(DemoConfig)}
+    for name, kind, help in DEMO_SETTINGS:
+        default = defaults[name]
+        told = f" ({default:g})" if isinstance(default, (int, float)) else ""
+        group.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar(kind), help=help + told)
 
 
 def capacity_options(parser: argparse.ArgumentParser) -> None:
