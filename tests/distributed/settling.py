@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from helpers_distributed import Env, case
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import nvfp4_qat as nq
@@ -25,6 +26,18 @@ def packed_without_waiting(env: Env, **options: Any) -> Pair:
     pair = Pair(env, make=DEEP, policy=MIXED, reshard_after_forward=True, **options)
     pair.step()
     return pair
+
+
+def repair(pair: Pair, good: Tensor) -> None:
+    """Give the poisoned weight its values back: training goes on as if nothing had been."""
+    whole: Any = pair.model
+    for unit in (*whole.layers, whole):
+        unit.reshard()
+    with torch.no_grad():
+        pair.parameters()[NAME].to_local().copy_(good.tensor_split(2)[pair.env.rank])
+    pair.compare_masters()
+    pair.compare_forward("output after the repair")
+    pair.step()
 
 
 @case(2)
@@ -46,6 +59,7 @@ def gathers_after_packing(env: Env) -> None:
 def nan_at_the_third_gather(env: Env, rank: int) -> None:
     """Every rank raises there, also where no forward of the model is under way."""
     pair = packed_without_waiting(env)
+    good = full(pair.parameters()[NAME]).clone()
     poison(pair, rank, float("nan"))
     units: Any = layers(pair.model)
     for unit in units[:AHEAD]:
@@ -55,6 +69,7 @@ def nan_at_the_third_gather(env: Env, rank: int) -> None:
     assert NAME in message and time.monotonic() - began < SECONDS, message
     message = raises_everywhere(nq.UserError, lambda: pair.model(pair.inputs()[env.rank]))  # packed anew, seen again
     assert NAME in message, message
+    repair(pair, good)
 
 
 @case(2, depth={"one-unit": 1, "two-units": 2})
@@ -94,10 +109,7 @@ def nan_before_the_optimizer(env: Env) -> None:
     for name, p in pair.parameters().items():
         same(as_bytes(full(p)), as_bytes(held[name]), f"master {name} after a step that was refused")
     pair.optimizer.zero_grad()
-    with torch.no_grad():
-        pair.parameters()[NAME].to_local().copy_(good.tensor_split(2)[env.rank])
-    pair.compare_forward("output after the repair")
-    pair.step()
+    repair(pair, good)
 
 
 @case(2)
