@@ -97,6 +97,8 @@ def test_the_bytes_of_syncs_that_were_counted():
         found = forward_gather_bytes(shape, row["gpus"], sent_packed)
         assert found == pytest.approx(row["received_bytes"], rel=1e-4)
     for row in rows_of("rollout"):
+        if row["method"] == "reload":  # vLLM's own, which counts nothing
+            continue
         whole = row.get("whole_bytes", row["bytes"])
         assert sync_bytes(shape_of(row["model"], row["layers"]), packed=True) == pytest.approx(whole, rel=1e-5)
 
