@@ -26,7 +26,7 @@ SETTING = ("model", "strategy", "gpus", "tensor_parallel", "name")
 """What runs that are compared with each other have in common, beside the weights that they begin from."""
 
 HEAD = [
-    "model", "strategy", "arm", "GPUs", "TP", "steps", "k3 KL", "no QAT / QAT", "4-bit, trainer / engine",
+    "model", "strategy", "arm", "GPUs", "TP", "steps", "k3 KL", "no QAT / QAT", "4-bit parameters, trainer / engine",
     "bytes a sync", "seconds a step", "seconds a sync",
 ]  # fmt: skip
 RESUMED = [
@@ -58,12 +58,12 @@ def cells(row: Row, runs: Sequence[Row]) -> list[str]:
     without = next((other for other in runs if other["arm"] == "noqat" and comparable(other, row)), None)
     gain = number(without[K3]) / k3 if without and row["arm"] == "qat" else math.nan
     # What is streamed is what the trainer computes with, but for the comparison without QAT.
-    trained = number(row["qat/coverage"] or 0.0) if row["arm"] == "qat" else 0.0
-    shares = [f"{100 * share:.1f} %" for share in (trained, number(row.get("qat/engine_coverage") or 0.0))]
+    trained = row["trainer_4bit_parameters"] if row["arm"] == "qat" else 0
+    parameters = "–" if row["arm"] == "bf16" else f"{trained:,} / {row['engine_4bit_parameters']:,}"
     seconds = [small(number(row[name])) for name in ("timing_s/step", "timing_s/update_weights")]
     return [
         *about(row), str(row["steps"]), small(k3), f"**{ratio(gain)}**" if known(gain) else small(gain),
-        "–" if row["arm"] == "bf16" else " / ".join(shares), byte_size(number(row["qat/sync_bytes"])), *seconds,
+        parameters, byte_size(number(row["qat/sync_bytes"])), *seconds,
     ]  # fmt: skip
 
 

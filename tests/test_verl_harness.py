@@ -278,7 +278,7 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for arm, k3 in (("qat", 2e-4), ("noqat", 6e-3), ("bf16", 1e-5)):
         told = verl_rows.told([{"step": 2, **step(2, k3=k3)["data"]}])
         told |= {"qat/coverage": None, "qat/sync_bytes": None} if arm == "bf16" else {}
-        told["qat/engine_coverage"] = None if arm == "bf16" else 0.95
+        told |= dict.fromkeys(("trainer_4bit_parameters", "engine_4bit_parameters"), None if arm == "bf16" else 3145728)
         found.append({**Run(arm, "dense", tmp_path).about(), **told, **made, "label": arm, "starting_weights": "a"})
     killed = {
         "resumed_from": "qat",
@@ -292,15 +292,15 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(verl_results, "RUNS", tmp_path / "runs.jsonl")
     lines = verl_results.table().splitlines()
     assert [line.split(" | ")[2] for line in lines[2:5]] == ["bf16", "noqat", "qat"]
-    assert lines[4] == "| dense | fsdp2 | qat | 1 | 1 | 1 | 2·10⁻⁴ | **30×** | 95.0 % / 95.0 % | 2 MB | 4 | 0.3 |"
-    assert "| 6·10⁻³ | – | 0.0 % / 95.0 % |" in lines[3] and "| 10⁻⁵ | – | – | – |" in lines[2].replace("1·", "")
+    assert lines[4] == "| dense | fsdp2 | qat | 1 | 1 | 1 | 2·10⁻⁴ | **30×** | 3,145,728 / 3,145,728 | 2 MB | 4 | 0.3 |"
+    assert "| 6·10⁻³ | – | 0 / 3,145,728 |" in lines[3] and "| 10⁻⁵ | – | – | – |" in lines[2].replace("1·", "")
     assert lines[-3] == "| dense | fsdp2 | qat | 1 | 1 | 3 | 2 | 1·10⁻⁴ → 2·10⁻⁴ | 50 % → 51 % | yes |"
     assert lines[-1] == "- H200; verl 0.9.1 (2026-11-28)"
     # Runs that began from other weights, or do not say from which, are not held against each other.
     for other in ("b", None):
         found[1]["starting_weights"] = other
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-        assert "| 2·10⁻⁴ | – | 95.0 %" in verl_results.table()
+        assert "| 2·10⁻⁴ | – | 3,145,728 /" in verl_results.table()
 
 
 def test_what_runs_begin_from_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from standin_trainer import packed, perturb, trainer
 from standin_vllm import Worker
 from torch import nn
-from verl_rows import engine_coverage
+from verl_rows import four_bit
 
 import nvfp4_qat as nq
 from nvfp4_qat.errors import MismatchError
 from nvfp4_qat.integrations.verl_stream import NAME, PROTOCOL, Update, announced, announcement, held, read
+from nvfp4_qat.integrations.verl_training import coverage
 from nvfp4_qat.live_manifest import from_wire, manifest
 
 CPU = torch.device("cpu")
@@ -137,5 +139,11 @@ def test_an_engine_says_what_it_holds():
     said = held(Code(), layers)
     share = f"{100 * codes / (codes + others):.1f} % of all parameters"
     assert said == f"the engine holds 2 layers in 4 bits, {codes} parameters, {share}"
-    assert engine_coverage(["x", said]) == pytest.approx(codes / (codes + others), abs=1e-3)
-    assert engine_coverage(["x"]) is None
+    parts = [held(Code(), layers, rank, 2) for rank in range(2)]
+    assert parts[1].startswith("worker 2 of 2 of the engine holds 2 layers in 4 bits, ") and "% of its" in parts[1]
+    planned = f"training in 4 bits (fsdp2, gather mode): {coverage(trainer(1)[1])}"
+    for lines, engine in (([said], codes), (parts, 2 * codes), ([], None)):
+        told = four_bit(["x", *lines, *lines, planned])
+        assert told["engine_4bit_parameters"] == engine
+        assert told["trainer_4bit_parameters"] == sum(math.prod(w.shape) for w in trainer(1)[1].quantized)
+    assert four_bit(["x"]) == {"engine_4bit_parameters": None, "trainer_4bit_parameters": None}

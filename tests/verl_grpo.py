@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_processes import Started
-from verl_rows import circumstances, engine_coverage, said, steps, told, write
+from verl_rows import circumstances, four_bit, said, steps, told, write
 from verl_sockets import FOLDER
 from verl_task import LENGTHS, MODELS, QUESTIONS, prepare, starting_weights
 
@@ -183,7 +183,7 @@ def main(arm: str, model: str, out: Path, *overrides: str) -> dict[str, Any]:
     seconds = round(time.perf_counter() - start, 1)
     found = steps(metrics)
     row = {**run.about(), "starting_weights": starting_weights(out), "exit": code, **told(found)}
-    row |= {"seconds": seconds, "said": said(log), "qat/engine_coverage": engine_coverage(said(log)), **circumstances()}
+    row |= {"seconds": seconds, "said": said(log), **four_bit(said(log)), **circumstances()}
     write(out, run.label, row, found)
     return row
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from verl_grpo import Run, ends_when_told, private_folder
 from verl_processes import Started
-from verl_rows import circumstances, entries, said, steps, told, write
+from verl_rows import circumstances, entries, four_bit, said, steps, told, write
 from verl_task import HELD_OUT, prepare, starting_weights
 
 EVERY = 2
@@ -175,7 +175,8 @@ def main(arm: str, model: str, out: Path, *overrides: str) -> dict[str, Any]:
         numbers, checks = compared(first, second, row["checkpoint"])
         row |= {**numbers, "checks": checks, "exit": int(problem is not None or not all(checks.values()))}
     row |= {"problem": problem, "seconds": round(time.monotonic() - began, 1), **told(steps(second.metrics))}
-    row |= {"starting_weights": starting_weights(out), "said": said(second.log), **circumstances()}
+    lines = said(second.log)
+    row |= {"starting_weights": starting_weights(out), "said": lines, **four_bit(lines), **circumstances()}
     write(out, run.label, row, [{"attempt": a.name, **entry} for a in (first, second) for entry in steps(a.metrics)])
     return row
 

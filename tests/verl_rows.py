@@ -30,8 +30,11 @@ MEANS = (
 MEDIANS = ("timing_s/step", "timing_s/gen", "timing_s/old_log_prob", "timing_s/update_actor", "timing_s/update_weights")
 """The first steps compile kernels, so a mean of seconds would say nothing."""
 
-ENGINE = re.compile(r"the engine holds \d+ layers in 4 bits, (?:[0-9,]+ parameters, )?([0-9.]+) % of all parameters")
-"""What a worker of the engine says after its first update."""
+ENGINE = re.compile(r"(?:worker \d+ of \d+ of )?the engine holds \d+ layers in 4 bits, ([0-9,]+) parameters, .*")
+"""What a worker of the engine says after its first update, each with its number."""
+
+TRAINER = re.compile(r"training in .+: \d+ weights in \d+ fusion groups, ([0-9,]+) parameters, .*")
+"""What the trainer says of its plan."""
 
 PACKAGES = ("nvfp4-qat", "verl", "vllm", "torch", "transformers", "ray")
 
@@ -75,10 +78,15 @@ def said(log: Path) -> list[str]:
     return sorted({line.split("nvfp4-qat: ", 1)[1] for line in lines if "nvfp4-qat: " in line})
 
 
-def engine_coverage(lines: Iterable[str]) -> float | None:
-    """The engine's own share of parameters in 4 bits, of what was `said`; None: it said nothing."""
-    found = [float(match[1]) / 100 for line in lines if (match := ENGINE.search(line))]
-    return min(found) if found else None
+def four_bit(lines: Iterable[str]) -> dict[str, int | None]:
+    """Parameters in 4 bits, as the trainer plans them and as the engine's workers hold them, of what was `said`."""
+
+    def counted(pattern: re.Pattern[str]) -> int | None:
+        found = [int(match[1].replace(",", "")) for line in sorted({*lines}) if (match := pattern.fullmatch(line))]
+        return sum(found) if found else None
+
+    lines = list(lines)
+    return {"trainer_4bit_parameters": counted(TRAINER), "engine_4bit_parameters": counted(ENGINE)}
 
 
 def circumstances() -> dict[str, Any]:

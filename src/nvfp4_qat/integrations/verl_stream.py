@@ -146,12 +146,14 @@ class Update:
         return found
 
 
-def held(code: WorkerCode, model: nn.Module) -> str:
+def held(code: WorkerCode, model: nn.Module, rank: int = 0, workers: int = 1) -> str:
     """What of an engine's own layers is 4-bit, in a line, to be compared with what the trainer says of its plan.
 
     Args:
         code: of the engine.
-        model: its model, or this rank's part of it.
+        model: its model, or this worker's part of it.
+        rank, workers: this worker's, and how many share the model; what each has for itself, such as norms, counts
+            for each.
     """
     layers = codes = 0
     others: dict[int, int] = {}
@@ -165,7 +167,8 @@ def held(code: WorkerCode, model: nn.Module) -> str:
             for p in layer.parameters(recurse=False):
                 others[id(p)] = p.numel() - unused * math.prod(p.shape[1:])  # once where it is tied
     share = 100 * codes / max(codes + sum(others.values()), 1)
-    return f"the engine holds {layers} layers in 4 bits, {codes:,} parameters, {share:.1f} % of all parameters"
+    who, whose = ("", "all") if workers == 1 else (f"worker {rank + 1} of {workers} of ", "its")
+    return f"{who}the engine holds {layers} layers in 4 bits, {codes:,} parameters, {share:.1f} % of {whose} parameters"
 
 
 def _padding(layer: nn.Module) -> int:

@@ -44,7 +44,8 @@ class QATColocateWorkerExtension(vLLMColocateWorkerExtension, LiveWeights):  # t
         if "_nvfp4_told" not in self.__dict__:
             self.__dict__["_nvfp4_told"] = True
             state = self.__dict__["_nvfp4_state"]
-            print(f"nvfp4-qat: {held(state.code, state.live.model)}", flush=True)
+            rank, workers = self.parallel_config.rank, self.parallel_config.world_size
+            print(f"nvfp4-qat: {held(state.code, state.live.model, rank % workers, workers)}", flush=True)
 
     def _nvfp4_sleeps(self, level: int) -> dict[str, Any]:
         return super()._nvfp4_sleeps(level) if self._is_qat_model else {}
