@@ -10,6 +10,7 @@ from distributed import (
     hsdp,
     misuse,
     own_gather,
+    parameters,
     settling,
     sync,
     traffic,
@@ -27,7 +28,7 @@ training_of_two = group(training, world=2, device="cuda")
 features_of_two = group(features, experts, world=2, device="cuda")
 traffic_of_two = group(traffic, world=2, device="cuda")
 states_of_two = group(checkpoints, sync, world=2, device="cuda")
-safety_of_two = group(misuse, settling, writes, world=2, device="cuda")
+safety_of_two = group(misuse, parameters, settling, writes, world=2, device="cuda")
 own_gather_of_two = group(own_gather, world=2, device="cuda")
 hsdp_of_four = group(hsdp, own_gather, traffic, world=4, device="cuda")
 
@@ -57,7 +58,7 @@ def test_states(states_of_two, name):
     states_of_two.check(name)
 
 
-@pytest.mark.parametrize("name", cases(misuse, settling, writes, world=2))
+@pytest.mark.parametrize("name", cases(misuse, parameters, settling, writes, world=2))
 def test_safety(safety_of_two, name):
     safety_of_two.check(name)
 

@@ -109,6 +109,18 @@ class GatherWeight:
             self.unit.fill(gather.packer.g)
         return (w, (w,)) if out is None else None
 
+    def here(self, fsdp_param: Any) -> bool:
+        """Whether FSDP2's parameter still has this weight's master for its shard."""
+        shard = fsdp_param.sharded_param._local_tensor
+        return type(shard) is ShardedMaster and shard._memory is self.memory
+
+    def fill_unit(self) -> bool:
+        """Fill all parameters of the unit, whose first weight this is; False if FSDP2 must go through them."""
+        assert self.unit is not None
+        gather = self.gather
+        gather.streams.reads()
+        return self.unit.fill_all(gather.packer.g)
+
     def shard(self) -> ShardedMaster:
         """This rank's rows of the master."""
         shard = self.fsdp_param.sharded_param._local_tensor
@@ -162,6 +174,7 @@ class Gather:
         self.units: list[GatherUnit] = []
         self.streams = StreamOrder()
         self._packer: ShardPacker | None = None
+        self._replicated = False
         self._gathers = 0
         """Since the last packing."""
         self._handed_out: list[_HandedOut] = []
@@ -243,7 +256,7 @@ class Gather:
         """Free what is kept, and with replicas (HSDP) pack at once: one of them may compute without the others next."""
         for unit in self.units:
             unit.release()
-        if any(s.mesh is not None and s.mesh.size() > s.world for unit in self.units for s in unit.packed.shards):
+        if self._replicated:
             self._pack(wait=False)
 
     def _pack(self, wait: bool = True) -> None:
@@ -342,11 +355,14 @@ class Gather:
         with torch.inference_mode(False):
             self._packer = ShardPacker([packed for _, _, packed in units], self.plan.config.global_scale)
         self.streams.on(self._packer.device)
+        self._replicated = any(
+            s.mesh is not None and s.mesh.size() > s.world for _, _, packed in units for s in packed.shards
+        )
         for group, found, packed in units:
-            unit = GatherUnit(packed, group, found[0][0], self._keep)
+            unit = GatherUnit(packed, group, [p for p, _ in found], self._keep)
             for index, (_, weight) in enumerate(found):
                 weight.unit, weight.index = unit, index
-                gather_param.adopt(weight.fsdp_param)
+                gather_param.adopt(weight.fsdp_param, weight)
             self.units.append(unit)
         for members in self.plan.groups().values():
             together = {id(u): u for member in members if (u := self.weights[member.name].unit) is not None}

@@ -2,61 +2,102 @@
 
 At every gather FSDP2 inspects signatures, looks for methods and unflattens results, for each parameter. For weights
 that travel as one buffer a unit all that is beside the point, and with small batches the host's time is what a step
-waits for. So a parameter that FSDP2 has made is told to be a `GatheredParam`, which asks the weight directly. What is
-out of the ordinary (CPU offload, the first gather, a replaced shard, compiled autograd) goes the general way.
+waits for. So a parameter that FSDP2 has made is told to be a `GatheredParam`, which asks the weight directly, and does
+with its memory and its module what FSDP2 does, in fewer calls. What is out of the ordinary (CPU offload, the first
+gather, a replaced shard, compiled autograd, a parameter that modules share) goes the general way.
 
 Only in versions of torch whose parameter was compared with this; in others all weights go the general way.
 
-Source of what is replaced: ``FSDPParam.all_gather_inputs`` and ``init_unsharded_param`` in torch 2.11-2.13
-``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
+Source of what is replaced: ``FSDPParam.all_gather_inputs``, ``init_all_gather_outputs``, ``init_unsharded_param``,
+``to_sharded`` and ``to_unsharded`` in torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_common
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState, alloc_storage
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState
 
 from .fsdp import ShardedMaster
+
+if TYPE_CHECKING:
+    from .gather import GatherWeight
 
 COMPARED = ("2.11.", "2.12.", "2.13.")
 """Versions of torch."""
 
+_NOTHING: list[Tensor] = []
+
 
 class GatheredParam(FSDPParam):
-    """A parameter of FSDP2 whose shard is a `ShardedMaster`; made by `adopt`."""
+    """A parameter of FSDP2 whose shard is a `ShardedMaster`; made by `adopt`.
+
+    What FSDP2 does with one parameter after the other, the first of a unit does for all of them (`GatherUnit`).
+    """
+
+    _weight: "GatherWeight"
 
     @property
     def all_gather_inputs(self) -> list[Tensor]:
-        shard = self._sharded_local_tensor
-        if (
-            type(shard) is not ShardedMaster
-            or self.sharded_state is not ShardedState.SHARDED
-            or self.offload_to_cpu
-            or _compiled_autograd()
-        ):
+        weight, unit = self._weight, self._weight.unit
+        assert unit is not None
+        if unit.ready and weight.index:
+            return _NOTHING
+        if weight.index and not unit.asked:  # FSDP2 passes over a first weight whose shard is another tensor
+            unit.first().shard()
+        shard = weight.shard()  # an error if another tensor has taken its place, which FSDP2 would gather as it is
+        if self.sharded_state is not ShardedState.SHARDED or self.offload_to_cpu or _compiled_autograd():
             general: list[Tensor] = FSDPParam.all_gather_inputs.fget(self)  # type: ignore[attr-defined]
             return general
         inputs = shard._weight.before_gather(shard)
         self._extensions_data.all_gather_input_sizes = [t.size() for t in inputs]
+        if not weight.index:
+            unit.prepare()
         return list(inputs)
 
+    def init_all_gather_outputs(self, all_gather_input_numels: list[int], *others: Any) -> None:
+        if all_gather_input_numels and not self.all_gather_outputs:
+            super().init_all_gather_outputs(all_gather_input_numels, *others)
+
     def init_unsharded_param(self) -> None:
-        shard = self._sharded_local_tensor
-        unsharded: Any = self.__dict__.get("_unsharded_param")
-        if unsharded is None or type(shard) is not ShardedMaster or _compiled_autograd():
-            super().init_unsharded_param()  # type: ignore[no-untyped-call]
+        weight, unit = self._weight, self._weight.unit
+        assert unit is not None
+        if not _compiled_autograd() and (unit.filled if weight.index else weight.fill_unit()):
             return
-        for tensor in self._unsharded_inner_tensors:
-            alloc_storage(tensor)
-        shard._weight.after_gather(self.all_gather_outputs, unsharded.dtype, unsharded)
+        if type(self._sharded_local_tensor) is not ShardedMaster:
+            unit.give_up()
+            weight.shard()  # raises; FSDP2 would leave the parameter as it is
+        super().init_unsharded_param()  # type: ignore[no-untyped-call]
+
+    def to_unsharded(self) -> None:
+        unit = self._weight.unit
+        assert unit is not None
+        if self._weight.index:
+            if self.sharded_state is ShardedState.UNSHARDED:
+                return
+        elif unit.put(ShardedState.UNSHARDED):
+            return
+        super().to_unsharded()
+
+    def to_sharded(self) -> None:
+        unit = self._weight.unit
+        assert unit is not None
+        if self._weight.index:
+            if self.sharded_state is ShardedState.SHARDED:
+                return
+        else:
+            unit.begin()
+            if unit.put(ShardedState.SHARDED):
+                return
+        super().to_sharded()
 
 
-def adopt(fsdp_param: FSDPParam) -> None:
-    """Make FSDP2's parameter a `GatheredParam`, where it is a plain one of a known version."""
+def adopt(fsdp_param: FSDPParam, weight: "GatherWeight") -> None:
+    """Make FSDP2's parameter of a weight a `GatheredParam`, where it is a plain one of a known version."""
     if type(fsdp_param) is FSDPParam and torch.__version__.startswith(COMPARED):
         fsdp_param.__class__ = GatheredParam
+        fsdp_param._weight = weight  # type: ignore[attr-defined]
 
 
 _compiled_autograd: Any = getattr(_fsdp_common, "compiled_autograd_enabled", lambda: False)

@@ -14,16 +14,20 @@ tensor.
 Where bytes are to be kept, a unit's packed bytes travel only if its weights were packed since they did so last; else
 FSDP2 gathers the rest alone, and the parameters are filled from the bytes that are there.
 
-After the gather the parameters are collected in order; with the last one, one kernel fills all of them.
+After the gather one kernel fills all parameters of the unit, when FSDP2 asks for the first of them (`fill_all`). They
+then share one piece of memory, which is allocated and freed at once. Where FSDP2 must go through them by itself they
+are collected in order, and filled with the last one.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState, alloc_storage
 
 from .errors import MismatchError
 from .multi_unpack import Unpacks
@@ -38,6 +42,11 @@ WORTH = 1 << 24
 ROOM = 1 << 22
 """Bytes of a rank that may be put behind its packed bytes. More of them go in a collective of their own."""
 
+APART = 512
+"""Bytes; parameters that share memory begin at multiples of it, as if each had been allocated alone."""
+
+_ASSIGNS: Any = nn.Module.__setattr__
+
 WRAPPED = ("DefaultAllGather", "ProcessGroupAllocAllGather")
 """FSDP2's all-gathers that allocate plain memory."""
 
@@ -48,14 +57,19 @@ class GatherUnit:
     Args:
         packed: their packed shards.
         group: FSDP2's parameter group.
-        leader: FSDP2's parameter of the first of them.
+        params: FSDP2's parameters of them.
         keep: whether gathered bytes are kept until `release`.
     """
 
-    def __init__(self, packed: Unit, group: Any, leader: Any, keep: bool = False) -> None:
+    def __init__(self, packed: Unit, group: Any, params: Sequence[Any], keep: bool = False) -> None:
         self.packed, self.stale, self.version = packed, True, 0
         """``stale``: whether a master changed since it was packed; ``version`` counts packings."""
-        self._leader, self._gathered_version, self._token_sent = leader, -1, False
+        self.asked, self.ready, self.filled = 0, False, False
+        """Weights that the gather under way has asked for; whether the others need not be asked; whether all of its
+        parameters are filled."""
+        self._params, self._gathered_version, self._token_sent = list(params), -1, False
+        self._memory: Tensor | None = None
+        self._places: list[tuple[nn.Module, str]] | None = None
         self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device)
         self._outs: list[Tensor] = []
         self._bytes: Tensor | None = None
@@ -63,8 +77,19 @@ class GatherUnit:
         self._group, self._keep = group, keep
         self._comm: PackedAllGather | None = None
 
+    def begin(self) -> None:
+        """No weight is asked for yet."""
+        self.asked, self.ready, self.filled = 0, False, False
+
+    def first(self) -> Any:
+        """The first weight, a `GatherWeight`."""
+        return self._params[0]._weight
+
     def contribution(self, index: int) -> tuple[Tensor, ...]:
         """What a weight hands to FSDP2's all-gather, which has begun."""
+        if index == 0:
+            self.begin()
+        self.asked += 1
         if self.packed.world == 1:  # gathers nothing, but FSDP2 wants one tensor for every parameter
             self._gathered_version = self.version
             return (self._token,)
@@ -75,11 +100,81 @@ class GatherUnit:
         if self._comm is not None:
             self._comm.wanted = self.version
         if by_comm != self._token_sent:  # of another size than FSDP2 has made room for
-            self._leader.all_gather_outputs = []
+            self._params[0].all_gather_outputs = []
             self._token_sent = by_comm
         if not by_comm:
             self._wrap_the_next()
         return (self._token,) if by_comm else (self.packed.buffer,)
+
+    def prepare(self) -> None:
+        """After `contribution` of the first weight: whether it stands for all of them."""
+        if self.packed.world > 1 and all(p._weight.here(p) for p in self._params):
+            self.asked, self.ready = len(self._params), True
+
+    def put(self, state: ShardedState) -> bool:
+        """Give the modules their sharded or unsharded parameters, and free the latter's memory with the former.
+
+        Returns:
+            False if FSDP2 must do that by itself.
+        """
+        if self._memory is None:
+            return False
+        if self._places is None:
+            infos = [p._module_info for p in self._params]
+            plain = all(_ASSIGNS == type(i.module).__setattr__ and not i.shared_modules for i in infos)
+            self._places = [(i.module, i.param_name) for i in infos] if plain else []
+        if not self._places:
+            return False
+        if state is ShardedState.UNSHARDED:
+            for p, (module, name) in zip(self._params, self._places, strict=True):
+                if p._unsharded_param.requires_grad != p.sharded_param.requires_grad:
+                    p._unsharded_param.requires_grad_(p.sharded_param.requires_grad)
+                module._parameters[name], p.sharded_state = p._unsharded_param, state
+            return True
+        for p, (module, name) in zip(self._params, self._places, strict=True):
+            module._parameters[name], p.sharded_state = p.sharded_param, state
+        self._params[0].free_unsharded_param()
+        return True
+
+    def fill_all(self, g: Tensor) -> bool:
+        """Fill all parameters now, before FSDP2 goes through them; False if it must do that by itself.
+
+        Args:
+            g: all global scales.
+
+        Raises:
+            MismatchError: as `fill`.
+        """
+        if self.asked != len(self._params):
+            return False
+        if self._memory is None:
+            if any("_unsharded_param" in p.__dict__ or p._unsharded_dtensor_spec is not None for p in self._params):
+                return False
+            self._memory = self._make()
+        else:
+            alloc_storage(self._memory)
+        self._outs = [p._unsharded_param for p in self._params]
+        self._bytes = None if self.packed.world == 1 or self._token_sent else self._params[0].all_gather_outputs[0]
+        self.fill(g)
+        self.filled = True
+        return True
+
+    def _make(self) -> Tensor:
+        """Give FSDP2 its unsharded parameters, in one piece of memory, which is that of the first one to free."""
+        dtypes = [p.param_dtype or p.orig_dtype for p in self._params]
+        shapes = [torch.Size(shard.shape) for shard in self.packed.shards]
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        starts = list(accumulate((-(-n // APART) * APART for n in sizes), initial=0))
+        with torch.inference_mode(False):  # they may be trained, though they are evaluated first
+            memory = torch.empty(starts[-1], dtype=torch.uint8, device=self.packed.device)
+            for p, shape, dtype, start in zip(self._params, shapes, dtypes, starts, strict=False):
+                # Not a view: each has a version counter of its own.
+                w = torch.empty(0, dtype=dtype, device=memory.device)
+                w.set_(memory.untyped_storage(), start // dtype.itemsize, shape)  # type: ignore[call-overload]
+                p._unsharded_param = nn.Parameter(w, requires_grad=p.sharded_param.requires_grad)
+                p._unsharded_inner_tensors = []
+            self._params[0]._unsharded_inner_tensors = [memory]
+        return memory
 
     def collect(self, index: int, gathered: Sequence[Tensor], out: Tensor) -> bool:
         """Take the parameter to be filled for a weight; True with the last one."""
@@ -103,9 +198,7 @@ class GatherUnit:
             MismatchError: the weights were packed again between the gather and this; the next forward gathers anew.
         """
         if self._gathered_version != self.version:
-            self._group._all_gather_result = None
-            if self._comm is not None:
-                self._comm.take()
+            self.give_up()
             raise MismatchError(
                 f"{self.packed.shards[0].name} was gathered before the weights changed and unsharded after it: wait "
                 "for the handle of unshard(async_op=True) before the optimizer step"
@@ -122,6 +215,12 @@ class GatherUnit:
         if self._bytes is not None:
             self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
         self._outs, self._bytes = [], None
+
+    def give_up(self) -> None:
+        """Forget the gather under way: the next unshard begins another."""
+        self._group._all_gather_result = None
+        if self._comm is not None:
+            self._comm.take()
 
     def release(self) -> None:
         """Free gathered bytes that are kept: they are not those of the next forward."""
@@ -166,7 +265,7 @@ class PackedAllGather(DefaultAllGather):
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's output, and room for the bytes of all ranks: in front of it, where these are not to outlive it."""
-        nbytes = math.prod(map(int, size)) * dtype.itemsize
+        nbytes = (size[0] if len(size) == 1 else math.prod(size)) * dtype.itemsize
         start = self._joint if nbytes <= self._room else self._alone
         if self._keep:
             if self._kept is None or self._kept_version != self.wanted:

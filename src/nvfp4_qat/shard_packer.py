@@ -60,6 +60,7 @@ class ShardPacker:
         """Magnitudes on their way to the host, and when they are there."""
         self._group_of = torch.tensor(numbers, device=self.device)
         self._groups = len(groups)
+        self._meshes = list({s.mesh: None for s in self.shards if s.mesh is not None})
         self._stage = _Stage(self.device)
         self._all = _Chunk(self.units, self._stage)
         self._single: dict[int, _Chunk] = {}
@@ -95,7 +96,7 @@ class ShardPacker:
         self.settle()
         speculative = self._packed_before and self.policy == "pow2"
         chunks = self._chunks(units)
-        later = not wait and self._packed_before and chunks == [self._all] and len(self._meshes()) <= 1
+        later = not wait and self._packed_before and chunks == [self._all] and len(self._meshes) <= 1
         if len(units) == len(self.units):
             amax = torch.zeros_like(self._amax)
         else:
@@ -124,7 +125,7 @@ class ShardPacker:
                 chunk.pack(self.g)
         if later:
             if speculative:
-                self._all.pack(self.g, moved=moved)
+                self._all.pack_again(self.g, moved)
             return list(units)
         if not host[1].any():
             return list(units)
@@ -186,24 +187,20 @@ class ShardPacker:
 
     def _check_other_meshes(self, amax: Tensor) -> None:
         """Raise if ranks that this one shares a mesh with have raised, for a weight that this one does not hold."""
-        if len(self._meshes()) > 1:
+        if len(self._meshes) > 1:
             bad = ~(amax.view(torch.float32) <= ops.largest_magnitude())
             if bool(self.reduced(bad.any().int().reshape(1).to(self.device))):
                 raise UserError("another rank holds a weight with NaN or Inf, and names it: see its error")
 
     def reduced(self, flags: Tensor) -> Tensor:
         """The maximum over all ranks of every mesh, in place; int32, equally long on every rank."""
-        return reduce_max(flags, self._meshes())
-
-    def _meshes(self) -> list[DeviceMesh]:
-        return list({s.mesh: None for s in self.shards if s.mesh is not None})
+        return reduce_max(flags, self._meshes)
 
     def _reduced_amax(self, amax: Tensor) -> Tensor:
         """The maximum over all ranks that hold a weight, replicas included: NaN in one of them stops all."""
-        meshes = self._meshes()
-        if len(meshes) <= 1:
+        if len(self._meshes) <= 1:
             return self.reduced(amax)
-        for mesh in meshes:  # each has other ranks, which hold other weights
+        for mesh in self._meshes:  # each has other ranks, which hold other weights
             members = [s for s in self.shards if s.mesh == mesh]
             mine = torch.cat([amax[s.first : s.first + s.items] for s in members])
             reduce_max(mine, [mesh])
@@ -265,6 +262,13 @@ class _Chunk:
     def pack(self, g: Tensor, amax: Tensor | None = None, moved: Tensor | None = None) -> None:
         with self._tables() as packs:
             packs(g, amax, moved)
+
+    def pack_again(self, g: Tensor, moved: Tensor) -> None:
+        """The same directly after it, when the masters are where they were."""
+        if self._packs is None:
+            self.pack(g, moved=moved)
+        else:
+            self._packs(g, None, moved)
 
     def compare(self, g: Tensor, differs: Tensor) -> None:
         with self._tables() as packs:
