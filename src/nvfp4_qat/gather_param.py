@@ -56,9 +56,12 @@ class GatheredParam(FSDPParam):
             unit.prepare()
         return list(inputs)
 
-    def init_all_gather_outputs(self, all_gather_input_numels: list[int], *others: Any) -> None:
-        if all_gather_input_numels and not self.all_gather_outputs:
-            super().init_all_gather_outputs(all_gather_input_numels, *others)
+    def init_all_gather_outputs(self, all_gather_input_numels: list[int], *others: Any, **options: Any) -> None:
+        if not all_gather_input_numels and not any(options.values()):
+            return
+        if type(self._sharded_local_tensor) is not ShardedMaster and not _compiled_autograd():
+            self._refuse()
+        super().init_all_gather_outputs(all_gather_input_numels, *others, **options)
 
     def init_unsharded_param(self) -> None:
         weight, unit = self._weight, self._weight.unit
@@ -66,9 +69,15 @@ class GatheredParam(FSDPParam):
         if not _compiled_autograd() and (unit.filled if weight.index else weight.fill_unit()):
             return
         if type(self._sharded_local_tensor) is not ShardedMaster:
-            unit.give_up()
-            weight.shard()  # raises; FSDP2 would leave the parameter as it is
+            self._refuse()
         super().init_unsharded_param()  # type: ignore[no-untyped-call]
+
+    def _refuse(self) -> None:
+        """Raise because another tensor is gathered in place of the shard, as it is: FSDP2 passes over its weight."""
+        unit = self._weight.unit
+        assert unit is not None
+        unit.give_up()
+        self._weight.shard()
 
     def to_unsharded(self) -> None:
         unit = self._weight.unit

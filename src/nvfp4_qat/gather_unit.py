@@ -68,7 +68,7 @@ class GatherUnit:
         """Weights that the gather under way has asked for; whether the others need not be asked; whether all of its
         parameters are filled."""
         self._params, self._gathered_version, self._token_sent = list(params), -1, False
-        self._memory: Tensor | None = None
+        self._memories: list[Tensor] = []
         self._places: list[tuple[nn.Module, str]] | None = None
         self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device)
         self._outs: list[Tensor] = []
@@ -117,7 +117,7 @@ class GatherUnit:
         Returns:
             False if FSDP2 must do that by itself.
         """
-        if self._memory is None:
+        if not self._memories:
             return False
         if self._places is None:
             infos = [p._module_info for p in self._params]
@@ -147,34 +147,40 @@ class GatherUnit:
         """
         if self.asked != len(self._params):
             return False
-        if self._memory is None:
-            if any("_unsharded_param" in p.__dict__ or p._unsharded_dtensor_spec is not None for p in self._params):
+        if not self._memories:
+            if any("_unsharded_param" in p.__dict__ for p in self._params):
                 return False
-            self._memory = self._make()
-        else:
-            alloc_storage(self._memory)
+            self._make()
+        for memory in self._memories:
+            alloc_storage(memory)
         self._outs = [p._unsharded_param for p in self._params]
         self._bytes = None if self.packed.world == 1 or self._token_sent else self._params[0].all_gather_outputs[0]
         self.fill(g)
         self.filled = True
         return True
 
-    def _make(self) -> Tensor:
-        """Give FSDP2 its unsharded parameters, in one piece of memory, which is that of the first one to free."""
+    def _make(self) -> None:
+        """Give FSDP2 its unsharded parameters, those of a dtype in one piece of memory, which the first one frees."""
         dtypes = [p.param_dtype or p.orig_dtype for p in self._params]
         shapes = [torch.Size(shard.shape) for shard in self.packed.shards]
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-        starts = list(accumulate((-(-n // APART) * APART for n in sizes), initial=0))
+        made: list[nn.Parameter | None] = [None] * len(dtypes)
+        memories = []
         with torch.inference_mode(False):  # they may be trained, though they are evaluated first
-            memory = torch.empty(starts[-1], dtype=torch.uint8, device=self.packed.device)
-            for p, shape, dtype, start in zip(self._params, shapes, dtypes, starts, strict=False):
-                # Not a view: each has a version counter of its own.
-                w = torch.empty(0, dtype=dtype, device=memory.device)
-                w.set_(memory.untyped_storage(), start // dtype.itemsize, shape)  # type: ignore[call-overload]
-                p._unsharded_param = nn.Parameter(w, requires_grad=p.sharded_param.requires_grad)
-                p._unsharded_inner_tensors = []
-            self._params[0]._unsharded_inner_tensors = [memory]
-        return memory
+            for dtype in dict.fromkeys(dtypes):
+                own = [i for i, d in enumerate(dtypes) if d == dtype]
+                sizes = (-(-shapes[i].numel() * dtype.itemsize // APART) * APART for i in own)
+                starts = list(accumulate(sizes, initial=0))
+                memory = torch.empty(starts[-1], dtype=torch.uint8, device=self.packed.device)
+                for i, start in zip(own, starts, strict=False):
+                    # Not a view: each has a version counter of its own.
+                    w = torch.empty(0, dtype=dtype, device=memory.device)
+                    w.set_(memory.untyped_storage(), start // dtype.itemsize, shapes[i])  # type: ignore[call-overload]
+                    made[i] = nn.Parameter(w, requires_grad=self._params[i].sharded_param.requires_grad)
+                memories.append(memory)
+        self._memories = memories
+        for p, parameter in zip(self._params, made, strict=True):
+            p._unsharded_param, p._unsharded_inner_tensors = parameter, []
+        self._params[0]._unsharded_inner_tensors = memories
 
     def collect(self, index: int, gathered: Sequence[Tensor], out: Tensor) -> bool:
         """Take the parameter to be filled for a weight; True with the last one."""
@@ -209,6 +215,7 @@ class GatherUnit:
         if self._token_sent and self._comm is not None:
             source = self._comm.take()
         if source is None or source.numel() < self.packed.world * self.packed.nbytes:
+            self.give_up()  # FSDP2 would come back with the same bytes
             raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered as a whole")
         with torch.no_grad():
             self._unpacks(source, g, self._outs)
@@ -217,8 +224,11 @@ class GatherUnit:
         self._outs, self._bytes = [], None
 
     def give_up(self) -> None:
-        """Forget the gather under way: the next unshard begins another."""
+        """Forget the gather under way, and room for other tensors than it brings: the next unshard begins another."""
         self._group._all_gather_result = None
+        self.begin()
+        for p in self._params:
+            p.all_gather_outputs = []
         if self._comm is not None:
             self._comm.take()
 

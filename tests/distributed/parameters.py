@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 from unittest import mock
 
 import torch
 from helpers_distributed import Env, case
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import nvfp4_qat as nq
 from distributed.instruments import raises_everywhere
-from distributed.pair import MIXED, Pair
+from distributed.models import decoder
+from distributed.pair import FULL, MIXED, ON, Pair, Units, keeping, layers, linears
+from distributed.pair import shard as shard_model
+from nvfp4_qat import gather_unit
 from nvfp4_qat.gather import Gather, gather_of
+from nvfp4_qat.gather_groups import param_groups
 from nvfp4_qat.gather_unit import APART, GatherUnit
+from nvfp4_qat.multi_unpack import Unpacks
 
 LAST, FIRST = "layers.1.mlp.down_proj.weight", "layers.1.self_attn.q_proj.weight"
 """Of a unit."""
@@ -37,8 +45,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def one_memory(env: Env) -> None:
     """Allocated with the first gather of a unit, freed with its reshard, with a version counter for each weight."""
     pair, unit, layer = trained(env)
-    memory = unit._memory
-    assert memory is not None and memory.untyped_storage().size() == 0
+    (memory,) = unit._memories
+    assert memory.untyped_storage().size() == 0
     layer.unshard()
     weights = weights_of(layer)
     assert len(weights) == len(unit.packed.shards) == 7
@@ -56,7 +64,7 @@ def one_memory(env: Env) -> None:
     assert memory.untyped_storage().size() == 0
     assert all(p.sharded_param is layer.get_parameter(name) for name, p in named(unit))
     pair.step()
-    assert unit._memory is memory, "allocated anew"
+    assert unit._memories[0] is memory, "allocated anew"
 
 
 def named(unit: GatherUnit) -> list[tuple[str, Any]]:
@@ -74,21 +82,125 @@ def one_call_for_all(env: Env) -> None:
         pair.step()
 
 
-@case(2, name={"first": FIRST, "last": LAST})
-def a_replaced_shard(env: Env, name: str) -> None:
+@case(
+    2,
+    variant={
+        f"{which}-{policy}-{units}-{when}": {"name": name, "policy": p, "units": u, "stale": when == "stale"}
+        for which, name in (("first", FIRST), ("last", LAST))
+        for policy, p in (("mixed", MIXED), ("fp32", FULL))
+        for units, u in (("layers", layers), ("linears", linears))
+        for when in ("stale", "packed")
+    },
+)
+def a_replaced_shard(env: Env, name: str, policy: MixedPrecisionPolicy, units: Units, stale: bool) -> None:
     """A shard replaced by a plain tensor is an error where a unit is gathered by hand, and the unit is whole again with
     the shard."""
-    pair, _, layer = trained(env)
+    pair = Pair(env, policy=policy, units=units, reshard_after_forward=True)
+    pair.step()
     parameter: Any = pair.parameters()[name]
+    unit: Any = pair.model.layers[1] if units is layers else pair.model.get_submodule(name.removesuffix(".weight"))
     shard = parameter._local_tensor
     for _ in range(2):
+        if not stale:
+            pair.compare_forward()
+            unit.reshard()
         parameter._local_tensor = shard.plain
-        message = raises_everywhere(nq.MismatchError, layer.unshard)
+        message = raises_everywhere(nq.MismatchError, unit.unshard)
         assert f"the shard of {name} was replaced by an unquantized tensor" in message, message
-        layer.reshard()
+        unit.reshard()
         parameter._local_tensor = shard
     pair.compare_forward()
     pair.step()
+
+
+@case(2)
+def a_replaced_shard_after_a_gather_that_was_dropped(env: Env) -> None:
+    """What an abandoned gather has asked for does not count for the next one."""
+    pair, _, layer = trained(env)
+    pair.compare_forward()
+    layer.reshard()
+    parameter: Any = pair.parameters()[FIRST]
+    shard = parameter._local_tensor
+    layer.unshard(async_op=True)
+    for group in param_groups(layer):
+        group._all_gather_result = None  # as FSDP2 does with prefetches that were not needed
+    parameter._local_tensor = shard.plain
+    message = raises_everywhere(nq.MismatchError, layer.unshard)
+    assert f"the shard of {FIRST} was replaced" in message, message
+    layer.reshard()
+    parameter._local_tensor = shard
+    pair.compare_forward()
+    pair.step()
+
+
+@case(2, kept={"once": True, "each-time": False})
+def an_error_while_filling(env: Env, kept: bool) -> None:
+    """After an error between gather and use (no memory, an interrupt) a unit can be gathered again."""
+    with keeping() if kept else contextlib.nullcontext():
+        pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    pair.step()
+    with mock.patch.object(Unpacks, "__call__", side_effect=torch.OutOfMemoryError("no memory")):
+        raises_everywhere(torch.OutOfMemoryError, lambda: pair.model(pair.inputs()[env.rank]))
+    refused = 0
+    for _ in range(3):
+        for unit in (*layers(pair.model), pair.model):
+            sharded: Any = unit
+            sharded.reshard()
+        try:
+            pair.compare_forward()
+            break
+        except nq.MismatchError:
+            refused += 1
+    assert refused <= 1, refused
+    pair.step()
+
+
+@case(2)
+def an_error_while_parameters_are_made(env: Env) -> None:
+    """Nothing half-made stays: the next gather makes them all."""
+    pair = Pair(env, policy=MIXED, reshard_after_forward=True)
+    gather = gather_of(pair.model)
+    assert gather is not None
+    plain, count = nn.Parameter, 0
+
+    def third_fails(*args: Any, **options: Any) -> nn.Parameter:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    with mock.patch.object(gather_unit.nn, "Parameter", third_fails):
+        raises_everywhere(KeyboardInterrupt, lambda: pair.model(pair.inputs()[env.rank]))
+    for layer in layers(pair.model):
+        sharded: Any = layer
+        sharded.reshard()
+    pair.compare_forward()
+    pair.model.reshard()
+    pair.step()
+    assert all(unit._memories for unit in gather.units)
+
+
+@case(2)
+def two_dtypes_in_a_unit(env: Env) -> None:
+    """Each has its memory, so that all weights of a unit can be saved together."""
+    model: Any = decoder()
+    for layer in model.layers:
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.bfloat16()
+        layer.mlp.up_proj.weight.requires_grad_(False)
+    model = model.to(env.device)
+    nq.apply_qat(model, ON, gather="nvfp4")
+    shard_model(model, layers, mesh=env.mesh(), reshard_after_forward=True)
+    layer = model.layers[0]
+    for _ in range(2):
+        layer.unshard()
+        weights = weights_of(layer)
+        storages = {w.untyped_storage().data_ptr(): w.dtype for w in weights.values()}
+        assert sorted(map(str, storages.values())) == ["torch.bfloat16", "torch.float32"]
+        torch.save({name: w.detach() for name, w in weights.items()}, io.BytesIO())
+        layer.reshard()
+    gather = gather_of(model)
+    assert gather is not None and all(m.untyped_storage().size() == 0 for m in gather.units[0]._memories)
 
 
 @case(2)
