@@ -31,9 +31,17 @@ _TINY: dict[str, Any] = {
     "head_dim": 16,
 }  # fmt: skip
 
+_NARROW: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+"""For `bench_host`."""
+
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "Qwen3-8B": ("dense", _DENSE, 12),
     "Qwen3-30B-A3B": ("moe", _MOE, 8),
+    "narrow": ("dense", _NARROW, 12),
+    "narrow-moe": ("moe", {**_NARROW, "moe_intermediate_size": 32, "num_experts": 32, "num_experts_per_tok": 8}, 8),
     "tiny": ("dense", _TINY, 2),
     "tiny-moe": ("moe", {**_TINY, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}, 2),
 }

@@ -28,6 +28,11 @@ SCHEMAS = {
         "ratio_samples": list, "loss": float, "peak_bytes": (int, type(None)), "reserved_bytes": (int, type(None)),
         "gathered_bytes": int, "reduced_bytes": int, "alloc_retries": int, "check": str, **ENVIRONMENT,
     },
+    "host": {
+        "arm": str, "model": str, "layers": int, "ranks": int, "tokens": int, "steps": int, "ms": float,
+        "ms_samples": list, "device_after_ms": float, "device_after_ms_samples": list, "ratio": float,
+        "ratio_samples": list, **ENVIRONMENT,
+    },
     "modules": {
         "layer": str, "model": str, "shapes": list, "tokens": int, "variant": str, "calls": int, "us": float,
         "us_samples": list, "ratio": float, "ratio_samples": list, "held_bytes": (int, type(None)), "weight_bytes": int,

@@ -57,6 +57,20 @@ def together(tmp_path_factory) -> Path:
     return out
 
 
+def test_rows_of_the_hosts_part(tmp_path):
+    small = ["--layers", "1", "--repeats", "2", "--steps", "1", "--out", str(tmp_path / "host.jsonl")]
+    command = [sys.executable, str(BENCHMARKS / "bench_host.py"), *small, "--profile", str(tmp_path / "profile")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    rows = read(tmp_path / "host.jsonl")
+    for row in rows:
+        check_schema(row)
+    assert [row["arm"] for row in rows] == ["bf16", "gather", "keep", "bf16 again"]
+    assert {row["ranks"] for row in rows} == {4} and rows[0]["ratio"] == 1 and all(row["ms"] > 0 for row in rows)
+    files = sorted(file.name for file in (tmp_path / "profile").iterdir())
+    assert files == ["narrow-bf16.prof", "narrow-gather.prof", "narrow-keep.prof"]
+
+
 def test_rows_of_one_process(alone):
     step, modules = read(alone / "step.jsonl"), read(alone / "modules.jsonl")
     for row in step + modules:
