@@ -4,12 +4,12 @@ At every gather FSDP2 inspects signatures, looks for methods and unflattens resu
 that travel as one buffer a unit all that is beside the point, and with small batches the host's time is what a step
 waits for. So a parameter that FSDP2 has made is told to be a `GatheredParam`, which asks the weight directly, and does
 with its memory and its module what FSDP2 does, in fewer calls. What is out of the ordinary (CPU offload, the first
-gather, a replaced shard, compiled autograd, a parameter that modules share) goes the general way.
+gather, compiled autograd, a parameter that modules share) goes the general way; a replaced shard is an error.
 
 Only in versions of torch whose parameter was compared with this; in others all weights go the general way.
 
 Source of what is replaced: ``FSDPParam.all_gather_inputs``, ``init_all_gather_outputs``, ``init_unsharded_param``,
-``to_sharded`` and ``to_unsharded`` in torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
+``to_sharded`` and ``to_unsharded`` in torch 2.11 and 2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .fsdp import ShardedMaster
 if TYPE_CHECKING:
     from .gather import GatherWeight
 
-COMPARED = ("2.11.", "2.12.", "2.13.")
+COMPARED = ("2.11.", "2.13.")
 """Versions of torch."""
 
 _NOTHING: list[Tensor] = []

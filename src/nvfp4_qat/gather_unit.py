@@ -15,8 +15,8 @@ Where bytes are to be kept, a unit's packed bytes travel only if its weights wer
 FSDP2 gathers the rest alone, and the parameters are filled from the bytes that are there.
 
 After the gather one kernel fills all parameters of the unit, when FSDP2 asks for the first of them (`fill_all`). They
-then share one piece of memory, which is allocated and freed at once. Where FSDP2 must go through them by itself they
-are collected in order, and filled with the last one.
+then share one piece of memory for each dtype, allocated and freed at once. Where FSDP2 must go through them by itself
+they are collected in order, and filled with the last one.
 """
 
 import math
@@ -46,6 +46,7 @@ APART = 512
 """Bytes; parameters that share memory begin at multiples of it, as if each had been allocated alone."""
 
 _ASSIGNS: Any = nn.Module.__setattr__
+"""Of modules whose parameters may be put where this would put them."""
 
 WRAPPED = ("DefaultAllGather", "ProcessGroupAllocAllGather")
 """FSDP2's all-gathers that allocate plain memory."""
