@@ -95,7 +95,6 @@ def measure(args: Any, world: World) -> list[Row]:
     for round_ in range(args.repeats):
         for name in rotated(turns, round_):
             arm = arms["bf16" if name == AGAIN else name]
-            arm.run(1)
             host, device = arm.run(args.steps)
             seconds[name].append((host + device) / args.steps)
             after[name].append(device / args.steps)
@@ -120,10 +119,10 @@ def measure(args: Any, world: World) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = model_parser(__doc__, "host.jsonl")
-    parser.set_defaults(model="narrow", repeats=25)
+    parser.set_defaults(model="narrow", repeats=60)
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=["bf16", "gather", "keep"], help="the first is 1")
     parser.add_argument("--ranks", type=int, default=4, help="that FSDP2 believes in")
-    parser.add_argument("--steps", type=int, default=3, help="steps timed per round and arm")
+    parser.add_argument("--steps", type=int, default=1, help="steps timed per round and arm")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="also profile five steps of every arm into DIR")
     args = parser.parse_args(argv)
     args.layers = args.layers or MODELS[args.model][2]

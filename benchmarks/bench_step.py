@@ -7,8 +7,10 @@ and re-quantizing at every read.
     torchrun --nproc_per_node 2 benchmarks/bench_step.py --model tiny --tokens 64           dry run on a CPU
 
 A step is forward, loss, backward, gradient clipping and fused AdamW; for the QAT arms also amax, its all-reduce and
-packing (`arms.Trainer`). Packing happens at the first forward after an optimizer step, so a sample is the time of
-``--steps`` consecutive steps after one more that is not timed: as many packings as steps fall into it.
+packing (`arms.Trainer`). Packing happens at the first forward after an optimizer step, so as many packings as steps
+fall into a sample, the time of ``--steps`` consecutive steps after ``--lead`` more that are not timed. Where the host
+is what a step waits for, and is faster now and slower then, samples of one step without a lead tell more: what is
+compared is then closer in time.
 
 The arms take turns within one process. Where all of them fit on the GPU they stay there (``--hold all``) and their
 memory is told apart by counting; else each is built anew for its turn (``--hold one``). In every round the first arm
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--masters", choices=DTYPES, nargs="+", default=["bf16"], help="dtype of the parameters")
     parser.add_argument("--micro-batches", type=int, default=1, help="gradient accumulation")
     parser.add_argument("--steps", type=int, default=3, help="steps timed per round and arm")
+    parser.add_argument("--lead", type=int, default=1, help="steps before these, not timed")
     parser.add_argument("--warmup", type=int, default=3, help="steps after building an arm")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: do not clip")
     parser.add_argument("--fsdp", action=argparse.BooleanOptionalAction, help="default: with torchrun")
@@ -130,7 +133,8 @@ class Arm:
         world.reset_peak()
         others = world.allocated() - self._resident
         retries = self._retries()
-        self._steps(tokens, 1)
+        if self.args.lead:
+            self._steps(tokens, self.args.lead)
         with Stopwatch(world) as watch:
             self._steps(tokens, self.args.steps)
         gc.enable()
@@ -264,6 +268,7 @@ def rows(args: argparse.Namespace, masters: str, world: World, speed: float | No
                 "link": link(world),
                 "link_gb_s": speed,
                 "steps": args.steps,
+                "lead": args.lead,
                 "hold": hold,
                 **summary("ms", [1000 * s for s in seen.seconds]),
             }

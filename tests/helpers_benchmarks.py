@@ -61,7 +61,7 @@ def read(file: Path) -> list[dict]:
 
 def check_schema(row: dict) -> None:
     schema = SCHEMAS[row["benchmark"]]
-    optional = {"nccl", "device_us", "device_us_samples", "device_ratio", "device_ratio_samples"}
+    optional = {"nccl", "lead", "device_us", "device_us_samples", "device_ratio", "device_ratio_samples"}
     assert set(row) - {"benchmark"} - optional == set(schema), row
     for key, kind in schema.items():
         assert isinstance(row[key], kind), (key, row[key])

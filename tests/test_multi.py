@@ -85,7 +85,7 @@ class Counted:
     """A kernel that counts its launches."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, 0
+        self.kernel, self.launches, self.arg_names = kernel, 0, kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.launches += 1

@@ -44,6 +44,9 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 MAX_ITEMS = 65535
 """Items go along the second dimension of the grid, which CUDA limits to this."""
 
+ADDRESS = 16
+"""Triton compiles a kernel anew for addresses that are multiples of this."""
+
 DTYPES = {
     torch.bfloat16: (torch.int32, tl.bfloat16),
     torch.float16: (torch.int32, tl.float16),
@@ -53,6 +56,37 @@ DTYPES = {
 
 VALUES = {torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.float32: tl.float32}
 """What the amax kernels read of the same dtypes."""
+
+
+class Prepared:
+    """A kernel that is started over and over, but for the first time without Triton's search for the compiled one.
+
+    Triton looks at every argument of every call for what a kernel may have been compiled for, which takes the host
+    longer than many of our kernels take the device.
+
+    Args:
+        kernel: a ``triton.jit`` function of tensors, then numbers, then compile-time constants.
+        grid: its programs, up to three numbers.
+        numbers: the same at every call.
+        options: the constants, and options of the compiler.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], options: dict[str, Any]) -> None:
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+        self._compiled: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Start it on the current stream. Devices and dtypes are the same at every call."""
+        known = not any(t.data_ptr() % ADDRESS for t in tensors)
+        if known and self._compiled is not None:
+            self._compiled(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+        if known and compiled is not None:  # Triton's interpreter compiles nothing
+            constants = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            self._rest = (*self._numbers, *(self._options[name] for name in constants))
+            self._compiled = compiled[(*self._grid, 1, 1)[:3]]
 
 
 def amax_bits(
@@ -122,9 +156,12 @@ def prepare_dequantize(
     if not 0 < g.numel() <= MAX_ITEMS or scale.numel() == 0:
         return None
     codes, size = packed.view(torch.int32), scale.numel() // g.numel()
-    run = kernels.dequantize_kernel[(triton.cdiv(size, tile.blocks), g.numel())]
-    device = g.get_device()
+    grid, device = (triton.cdiv(size, tile.blocks), g.numel()), g.get_device()
     options = {"BLOCKS": tile.blocks, "num_warps": tile.warps, **OPTIONS}
+    runs = {
+        dtype: Prepared(kernels.dequantize_kernel, grid, (size,), {"DTYPE": words[1], **options})
+        for dtype, words in DTYPES.items()
+    }
 
     def fill(out: Tensor) -> bool:
         words = DTYPES.get(out.dtype)
@@ -132,7 +169,7 @@ def prepare_dequantize(
         if words is None or elsewhere or not _aligned(out, words[0]):
             return False
         assert out.numel() == scale.numel() * BLOCK and out.is_contiguous()
-        run(codes, scale, g, out.view(words[0]), size, DTYPE=words[1], **options)
+        runs[out.dtype](codes, scale, g, out.view(words[0]))
         return True
 
     return fill

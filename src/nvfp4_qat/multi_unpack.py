@@ -1,7 +1,7 @@
 """`Unpacks`: the weights of one FSDP unit from the gathered bytes of all ranks. See `multi`."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from . import ops
 from .format import BLOCK
 from .multi_table import ALIGNMENT, CODES, Table, Tiles
+
+if TYPE_CHECKING:
+    from .launch import Prepared
 
 UNPACK = Tiles(blocks=128, steps=1, share=32, warps=2)
 
@@ -63,7 +66,7 @@ class Unpacks:
             assert part.codes % ALIGNMENT == 0 and part.total % part.items == 0 and part.blocks * world >= part.total
         self._parts, self._world, self._device, self._tiles = list(parts), world, torch.device(device), tiles
         self._kernels = kernels or self._device.type == "cuda"
-        self._launches: dict[tuple[object, ...], list[tuple[list[int], Table]]] = {}
+        self._launches: dict[tuple[object, ...], list[tuple[list[int], Table, Prepared]]] = {}
 
     def __call__(self, gathered: Tensor, g: Tensor, outs: Sequence[Tensor]) -> None:
         """Write every weight.
@@ -78,7 +81,7 @@ class Unpacks:
         assert gathered.numel() % (self._world * ALIGNMENT) == 0 and len(outs) == len(self._parts)
         if not self._kernels:
             return self._one_by_one(gathered, g, outs)
-        from . import launch, multi_kernels
+        from . import launch
 
         originals = outs
         outs = [t if t.data_ptr() % ALIGNMENT == 0 else torch.empty_like(t) for t in originals]
@@ -87,10 +90,8 @@ class Unpacks:
         if key not in self._launches:
             self._launches[key] = list(self._make_tables(gathered.numel() // self._world, [t.dtype for t in outs]))
         with launch.on_device(gathered):
-            for indices, table in self._launches[key]:
-                results = [outs[i] for i in indices]
-                results += results[-1:] * (OUTS - len(results))
-                multi_kernels.multi_dequantize_kernel[table.grid](table.rows, gathered, g, *results, **table.options)
+            for indices, table, run in self._launches[key]:
+                run(table.rows, gathered, g, *[outs[i] for i in indices])
         for made, original in zip(outs, originals, strict=True):
             if made is not original:
                 original.data.copy_(made)
@@ -119,9 +120,9 @@ class Unpacks:
                 yield codes, scale, start, count, part.first + start // size
                 start += count
 
-    def _make_tables(self, chunk: int, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[list[int], Table]]:
-        """Parts of one dtype, at most eight, and the table that serves them."""
-        from . import launch
+    def _make_tables(self, chunk: int, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[list[int], Table, "Prepared"]]:
+        """Parts of one dtype, at most eight and the last one repeated up to that; their table, and their launch."""
+        from . import launch, multi_kernels
 
         for dtype in dict.fromkeys(dtypes):
             of_dtype = [i for i, d in enumerate(dtypes) if d == dtype and self._parts[i].total]
@@ -131,4 +132,6 @@ class Unpacks:
                 which = np.array([k for k, i in enumerate(indices) for _ in self._runs(i, chunk)])
                 runs[:, 2] = runs[:, 2] * OUTS + which
                 strides = CODES, 1, OUTS
-                yield indices, Table(runs, strides, launch.DTYPES[dtype][1], self._tiles, self._device)
+                table = Table(runs, strides, launch.DTYPES[dtype][1], self._tiles, self._device)
+                run = launch.Prepared(multi_kernels.multi_dequantize_kernel, table.grid, (), table.options)
+                yield indices + indices[-1:] * (OUTS - len(indices)), table, run
