@@ -82,14 +82,19 @@ def test_whatever_shapes(data: st.DataObject) -> None:
 
 
 class Counted:
-    """A kernel that counts its launches."""
+    """A kernel, or what Triton compiled of one, that counts its launches."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches, self.arg_names = kernel, 0, kernel.arg_names
+    def __init__(self, kernel: Any, whole: Counted | None = None) -> None:
+        self.kernel, self.launches, self.whole = kernel, 0, whole or self
+        self.arg_names = getattr(kernel, "arg_names", None)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
+        def run(*arguments: Any, **options: Any) -> Counted | None:
+            self.whole.launches += 1
+            compiled = self.kernel[grid](*arguments, **options)
+            return None if compiled is None else Counted(compiled, self.whole)
+
+        return run
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,11 +104,7 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    gathers: set[Gather] = set()
-    for weight in _trained(optimizer):
-        weight.note()
-        gathers.add(weight.gather)
-    for gather in gathers:
+    for gather in GatherWeight.note_all(_trained(optimizer)):
         gather.after_step()
 
 

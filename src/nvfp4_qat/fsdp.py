@@ -57,7 +57,8 @@ class GatheredWeight(Protocol):
 
     def sharded(self) -> bool: ...
 
-    def note(self) -> None: ...
+    @staticmethod
+    def note_all(weights: Any) -> Any: ...
 
     def before_gather(self, shard: "ShardedMaster") -> tuple[Tensor, ...]: ...
 
@@ -254,13 +255,16 @@ def _check(func: OpOverload, weight: GatheredWeight, args: Any) -> None:
 def _note_writes(func: OpOverload, args: Any, written: list[ShardedMaster]) -> None:
     """Tell the weights, unless it is other memory that was written."""
     source = args[1] if func is aten.copy_.default else None
+    noted = []
     for shard in written:
         if isinstance(source, ShardedMaster) and source._weight is shard._weight and not shard._memory.adopted:
             shard._memory.written, shard._memory.generation = source._memory.written, _generation(source)
         else:
             shard._memory.written = True
             if shard._memory.adopted or shard._memory.padded:
-                shard._weight.note()
+                noted.append(shard._weight)
+    if noted:
+        noted[0].note_all(noted)
 
 
 def _generation(shard: ShardedMaster) -> int:

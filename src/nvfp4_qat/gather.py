@@ -30,7 +30,7 @@ has no such path for extensions), compiled autograd.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,12 +81,21 @@ class GatherWeight:
 
     def note(self) -> None:
         """Record that the master was written, on the current stream."""
-        self.generation += 1
-        for unit in self.affected:
-            unit.stale = True
-        gather = self._gather()
-        if gather is not None:
+        self.note_all([self])
+
+    @staticmethod
+    def note_all(weights: "Iterable[GatherWeight]") -> "list[Gather]":
+        """The same of several; returns whose they are."""
+        owners = set()
+        for weight in weights:
+            weight.generation += 1
+            for unit in weight.affected:
+                unit.stale = True
+            owners.add(weight._gather)
+        gathers = [gather for owner in owners if (gather := owner()) is not None]
+        for gather in gathers:
             gather.streams.wrote()
+        return gathers
 
     def before_gather(self, shard: ShardedMaster) -> tuple[Tensor, ...]:
         """What FSDP2 gathers for this weight: the unit's packed bytes, or nothing if another weight brings them."""
@@ -362,7 +371,7 @@ class Gather:
             unit = GatherUnit(packed, group, [p for p, _ in found], self._keep)
             for index, (_, weight) in enumerate(found):
                 weight.unit, weight.index = unit, index
-                gather_param.adopt(weight.fsdp_param, weight)
+            gather_param.adopt(unit, group, [w for _, w in found])
             self.units.append(unit)
         for members in self.plan.groups().values():
             together = {id(u): u for member in members if (u := self.weights[member.name].unit) is not None}

@@ -12,17 +12,20 @@ Source of what is replaced: ``FSDPParam.all_gather_inputs``, ``init_all_gather_o
 ``to_sharded`` and ``to_unsharded`` in torch 2.11 and 2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from .fsdp import ShardedMaster
 
 if TYPE_CHECKING:
     from .gather import GatherWeight
+    from .gather_unit import GatherUnit
 
 COMPARED = ("2.11.", "2.13.")
 """Versions of torch."""
@@ -102,11 +105,56 @@ class GatheredParam(FSDPParam):
         super().to_sharded()
 
 
-def adopt(fsdp_param: FSDPParam, weight: "GatherWeight") -> None:
-    """Make FSDP2's parameter of a weight a `GatheredParam`, where it is a plain one of a known version."""
-    if type(fsdp_param) is FSDPParam and torch.__version__.startswith(COMPARED):
-        fsdp_param.__class__ = GatheredParam
-        fsdp_param._weight = weight  # type: ignore[attr-defined]
+class GatheredGroup(FSDPParamGroup):
+    """A parameter group of FSDP2 that goes through the first weight of its unit only, where that one stands for all.
+
+    FSDP2 asks every parameter five times between two uses of a module, and does nothing else with most weights.
+    """
+
+    _unit: "GatherUnit"
+
+    def unshard(self, async_op: bool = False) -> None:
+        if self._all_gather_result is None and not self.is_unsharded:
+            self._unit.alone = self._unit.one_for_all() and not _compiled_autograd()
+        everyone = self._show_few()
+        try:
+            super().unshard(async_op)
+        finally:
+            self.fsdp_params = everyone
+
+    def wait_for_unshard(self) -> None:
+        everyone = self._show_few()
+        try:
+            super().wait_for_unshard()
+        finally:
+            self.fsdp_params = everyone
+
+    def _to_sharded(self) -> None:
+        everyone = self._show_few()
+        try:
+            super()._to_sharded()  # type: ignore[no-untyped-call]
+        finally:
+            self.fsdp_params = everyone
+
+    def _show_few(self) -> list[FSDPParam]:
+        """Have FSDP2 see the parameters that it must ask; returns what it saw."""
+        everyone = self.fsdp_params
+        if self._unit.alone:
+            self.fsdp_params = self._unit.few
+        return everyone
+
+
+def adopt(unit: "GatherUnit", group: FSDPParamGroup, weights: "Sequence[GatherWeight]") -> None:
+    """Have FSDP2 treat the weights of a unit as `GatheredParam`, where it is plain FSDP2 of a known version."""
+    if not torch.__version__.startswith(COMPARED):
+        return
+    for weight in weights:
+        if type(weight.fsdp_param) is FSDPParam:
+            weight.fsdp_param.__class__ = GatheredParam
+            weight.fsdp_param._weight = weight  # type: ignore[attr-defined]
+    if type(group) is FSDPParamGroup and all(type(w.fsdp_param) is GatheredParam for w in weights):
+        group.__class__ = GatheredGroup
+        group._unit = unit  # type: ignore[attr-defined]
 
 
 _compiled_autograd: Any = getattr(_fsdp_common, "compiled_autograd_enabled", lambda: False)

@@ -30,6 +30,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState, alloc_storage
 
 from .errors import MismatchError
+from .fsdp import ShardedMaster
 from .multi_unpack import Unpacks
 from .shards import Unit
 
@@ -68,15 +69,25 @@ class GatherUnit:
         self.asked, self.ready, self.filled = 0, False, False
         """Weights that the gather under way has asked for; whether the others need not be asked; whether all of its
         parameters are filled."""
+        self.alone = False
+        """Whether FSDP2 is shown `few`, at the gather under way and until the next."""
         self._params, self._gathered_version, self._token_sent = list(params), -1, False
+        own = {id(p) for p in self._params[1:]}
+        self.few = [p for p in group.fsdp_params if id(p) not in own]
         self._memories: list[Tensor] = []
-        self._places: list[tuple[nn.Module, str]] | None = None
-        self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device)
+        self._places: list[tuple[Any, nn.Module, str]] | None = None
+        self._token = torch.zeros(TOKEN, dtype=torch.uint8, device=packed.device).view(self._dtype_of_others(group))
         self._outs: list[Tensor] = []
         self._bytes: Tensor | None = None
         self._unpacks: Unpacks | None = None
         self._group, self._keep = group, keep
         self._comm: PackedAllGather | None = None
+
+    def _dtype_of_others(self, group: Any) -> torch.dtype:
+        """In which FSDP2 gathers what is not packed, uint8 if in several: it would make bytes of all if one differs."""
+        own = {id(p) for p in self._params}
+        dtypes = {p.param_dtype or p.orig_dtype for p in group.fsdp_params if id(p) not in own}
+        return dtypes.pop() if len(dtypes) == 1 else torch.uint8
 
     def begin(self) -> None:
         """No weight is asked for yet."""
@@ -109,8 +120,18 @@ class GatherUnit:
 
     def prepare(self) -> None:
         """After `contribution` of the first weight: whether it stands for all of them."""
-        if self.packed.world > 1 and all(p._weight.here(p) for p in self._params):
+        if self.alone or (self.packed.world > 1 and all(p._weight.here(p) for p in self._params)):
             self.asked, self.ready = len(self._params), True
+
+    def one_for_all(self) -> bool:
+        """Whether the first weight can stand for all of them, in whatever FSDP2 does until the next gather."""
+        if not self._memories or not self._places or self._params[0].offload_to_cpu:
+            return False
+        for p in self._params:  # `GatherWeight.here`, without its call
+            shard = p.sharded_param._local_tensor
+            if type(shard) is not ShardedMaster or shard._memory is not p._weight.memory:
+                return False
+        return True
 
     def put(self, state: ShardedState) -> bool:
         """Give the modules their sharded or unsharded parameters, and free the latter's memory with the former.
@@ -123,17 +144,20 @@ class GatherUnit:
         if self._places is None:
             infos = [p._module_info for p in self._params]
             plain = all(_ASSIGNS == type(i.module).__setattr__ and not i.shared_modules for i in infos)
-            self._places = [(i.module, i.param_name) for i in infos] if plain else []
+            self._places = [(p, p._module_info.module, p._module_info.param_name) for p in self._params if plain]
         if not self._places:
             return False
         if state is ShardedState.UNSHARDED:
-            for p, (module, name) in zip(self._params, self._places, strict=True):
-                if p._unsharded_param.requires_grad != p.sharded_param.requires_grad:
-                    p._unsharded_param.requires_grad_(p.sharded_param.requires_grad)
-                module._parameters[name], p.sharded_state = p._unsharded_param, state
+            for p, module, name in self._places:
+                weight = p._unsharded_param
+                if weight.requires_grad != p.sharded_param.requires_grad:
+                    weight.requires_grad_(p.sharded_param.requires_grad)
+                module._parameters[name] = weight
+                p.sharded_state = state
             return True
-        for p, (module, name) in zip(self._params, self._places, strict=True):
-            module._parameters[name], p.sharded_state = p.sharded_param, state
+        for p, module, name in self._places:
+            module._parameters[name] = p.sharded_param
+            p.sharded_state = state
         self._params[0].free_unsharded_param()
         return True
 
@@ -273,6 +297,7 @@ class PackedAllGather(DefaultAllGather):
         )
         self._gathered: Tensor | None = None
         self._work: Any = None
+        self._tail = packed.tail
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's output, and room for the bytes of all ranks: in front of it, where these are not to outlive it."""
@@ -300,12 +325,14 @@ class PackedAllGather(DefaultAllGather):
         if async_op or not joint:  # no time to copy the output, or no room for the input
             self._work = self.inner(gathered, packed.memory if joint else packed.buffer, group, async_op)
             return self.inner(output_tensor, input_tensor, group, async_op)
-        if input_tensor.dtype != torch.uint8:
-            input_tensor, output_tensor = input_tensor.view(torch.uint8), output_tensor.view(torch.uint8)
-        n, chunk = input_tensor.numel(), packed.memory.numel()
-        packed.tail[:n].copy_(input_tensor)
+        dtype, n = input_tensor.dtype, input_tensor.numel()
+        if self._tail.dtype != dtype or self._tail.numel() != n:
+            self._tail = packed.tail[: n * dtype.itemsize].view(dtype)
+        self._tail.copy_(input_tensor)
         work = self.inner(gathered, packed.memory, group)
-        rest = gathered.as_strided((packed.world, n), (chunk, 1), gathered.storage_offset() + packed.nbytes)
+        typed, size = gathered.view(dtype), dtype.itemsize
+        strides = packed.memory.numel() // size, 1
+        rest = typed.as_strided((packed.world, n), strides, typed.storage_offset() + packed.nbytes // size)
         output_tensor.view(packed.world, n).copy_(rest)
         return work
 

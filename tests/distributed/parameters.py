@@ -20,6 +20,7 @@ from distributed.pair import shard as shard_model
 from nvfp4_qat import gather_unit
 from nvfp4_qat.gather import Gather, gather_of
 from nvfp4_qat.gather_groups import param_groups
+from nvfp4_qat.gather_param import GatheredParam
 from nvfp4_qat.gather_unit import APART, GatherUnit
 from nvfp4_qat.multi_unpack import Unpacks
 
@@ -71,15 +72,48 @@ def named(unit: GatherUnit) -> list[tuple[str, Any]]:
     return [(s.name.removeprefix("layers.1."), p) for s, p in zip(unit.packed.shards, unit._params, strict=True)]
 
 
+class Untouched(GatheredParam):
+    """What FSDP2 must not ask."""
+
+    def _asked(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("one after the other")
+
+    all_gather_inputs = property(_asked)
+    init_all_gather_outputs = alloc_all_gather_outputs = init_unsharded_param = to_unsharded = to_sharded = _asked
+
+
 @case(2)
 def one_call_for_all(env: Env) -> None:
-    """FSDP2 asks the first weight of a unit only: what the others answer is not looked for."""
+    """FSDP2 goes through the first weight of a unit and what is not quantized, and sees all of them between."""
     pair, unit, layer = trained(env)
+    (group,) = param_groups(layer)
+    everyone, first = list(group.fsdp_params), unit._params[0]
+    assert unit.few == [p for p in everyone if p is first or p not in unit._params] and len(unit.few) > 1
+    for p in unit._params[1:]:
+        p.__class__ = Untouched
     with mock.patch.object(GatherUnit, "collect", side_effect=AssertionError("one after the other")):
         layer.unshard()
-        assert unit.ready and unit.filled and unit.asked == 7
+        assert unit.alone and unit.ready and unit.filled and unit.asked == 7 and group.fsdp_params == everyone
         layer.reshard()
         pair.step()
+    for p in unit._params[1:]:
+        p.__class__ = GatheredParam
+
+
+@case(2)
+def an_error_while_few_are_shown(env: Env) -> None:
+    """FSDP2 sees all parameters again, also after an error."""
+    pair, unit, layer = trained(env)
+    (group,) = param_groups(layer)
+    everyone = list(group.fsdp_params)
+    for what in ("prepare", "fill_all"):
+        with mock.patch.object(GatherUnit, what, side_effect=KeyboardInterrupt):
+            raises_everywhere(KeyboardInterrupt, layer.unshard)
+        assert unit.alone and group.fsdp_params == everyone, what
+        unit.give_up()
+        layer.reshard()
+    pair.compare_forward()
+    pair.step()
 
 
 @case(
