@@ -118,11 +118,6 @@ class GatherWeight:
             self.unit.fill(gather.packer.g)
         return (w, (w,)) if out is None else None
 
-    def here(self, fsdp_param: Any) -> bool:
-        """Whether FSDP2's parameter still has this weight's master for its shard."""
-        shard = fsdp_param.sharded_param._local_tensor
-        return type(shard) is ShardedMaster and shard._memory is self.memory
-
     def fill_unit(self) -> bool:
         """Fill all parameters of the unit, whose first weight this is; False if FSDP2 must go through them."""
         assert self.unit is not None

@@ -1,25 +1,31 @@
-"""`GatheredParam`: FSDP2's parameter, for a weight in gather mode, without the detours of its extension protocol.
+"""`GatheredParam`, `GatheredGroup`: FSDP2's parameter and parameter group in gather mode, without the detours of its
+extension protocol.
 
 At every gather FSDP2 inspects signatures, looks for methods and unflattens results, for each parameter. For weights
 that travel as one buffer a unit all that is beside the point, and with small batches the host's time is what a step
 waits for. So a parameter that FSDP2 has made is told to be a `GatheredParam`, which asks the weight directly, and does
-with its memory and its module what FSDP2 does, in fewer calls. What is out of the ordinary (CPU offload, the first
-gather, compiled autograd, a parameter that modules share) goes the general way; a replaced shard is an error.
+with its memory and its module what FSDP2 does, in fewer calls. Its group then goes through the first weight of the unit
+only, and has the unit gather everything if it can. What is out of the ordinary (CPU offload, the first gather, compiled
+autograd, a parameter that modules share) goes the general way; a replaced shard is an error.
 
-Only in versions of torch whose parameter was compared with this; in others all weights go the general way.
+Only in versions of torch whose code was compared with this; in others all weights go the general way.
 
-Source of what is replaced: ``FSDPParam.all_gather_inputs``, ``init_all_gather_outputs``, ``init_unsharded_param``,
-``to_sharded`` and ``to_unsharded`` in torch 2.11 and 2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``.
+Source of what is replaced: in torch 2.11 and 2.13 ``FSDPParam.all_gather_inputs``, ``init_all_gather_outputs``,
+``init_unsharded_param``, ``to_sharded`` and ``to_unsharded`` in ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``,
+``FSDPParamGroup.unshard`` and ``wait_for_unshard`` in ``_fsdp_param_group.py`` there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import AllGatherState, FSDPParamGroup
+from torch.profiler import record_function
 
 from .fsdp import ShardedMaster
 
@@ -53,7 +59,11 @@ class GatheredParam(FSDPParam):
         if self.sharded_state is not ShardedState.SHARDED or self.offload_to_cpu or _compiled_autograd():
             general: list[Tensor] = FSDPParam.all_gather_inputs.fget(self)  # type: ignore[attr-defined]
             return general
-        inputs = shard._weight.before_gather(shard)
+        if unit.alone:
+            unit.make_fresh()
+            inputs = unit.contribution(0)
+        else:
+            inputs = shard._weight.before_gather(shard)
         self._extensions_data.all_gather_input_sizes = [t.size() for t in inputs]
         if not weight.index:
             unit.prepare()
@@ -112,36 +122,58 @@ class GatheredGroup(FSDPParamGroup):
     """
 
     _unit: "GatherUnit"
+    _own: bool
+    """Whether the gather under way is the unit's own."""
 
     def unshard(self, async_op: bool = False) -> None:
+        unit, comm = self._unit, None
         if self._all_gather_result is None and not self.is_unsharded:
-            self._unit.alone = self._unit.one_for_all() and not _compiled_autograd()
-        everyone = self._show_few()
-        try:
-            super().unshard(async_op)
-        finally:
-            self.fsdp_params = everyone
+            unit.alone = unit.one_for_all() and not _compiled_autograd() and not _transformed()
+            comm = unit.own_gather() if unit.alone else None
+            self._own = comm is not None
+        if comm is None:
+            self._by_fsdp2(super().unshard, async_op)
+        elif self.unshard_in_backward or self._training_state != TrainingState.PRE_BACKWARD:
+            with record_function(self._with_fqn("FSDP::all_gather")):
+                streams = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)
+                self._all_gather_result = unit.send(comm, async_op, *streams)
 
     def wait_for_unshard(self) -> None:
-        everyone = self._show_few()
-        try:
-            super().wait_for_unshard()
-        finally:
-            self.fsdp_params = everyone
+        result = self._all_gather_result
+        if result is None or not self._own:
+            self._by_fsdp2(super().wait_for_unshard)
+            return
+        in_forward, context = self._training_state == TrainingState.FORWARD, self.comm_ctx
+        if in_forward and context.all_gather_state is not None:
+            self._wait_all_gather_streams_on_event(context.all_gather_state.event)
+            context.all_gather_state = None
+        if result.all_gather_event is not None:
+            self.device_handle.current_stream().wait_event(result.all_gather_event)
+        if isinstance(result.all_gather_work, dist.Work):
+            result.all_gather_work.wait()
+        with record_function(self._with_fqn("FSDP::all_gather_copy_out")):
+            self._unit.receive(result)
+        self._by_fsdp2(self._to_unsharded)
+        filled = self.device_handle.Event()
+        filled.record()
+        if in_forward and result.all_gather_work is None:
+            context.all_gather_state = AllGatherState(result, filled)
+        else:
+            self._wait_all_gather_streams_on_event(filled)
+        self._all_gather_result = None
 
     def _to_sharded(self) -> None:
-        everyone = self._show_few()
+        self._by_fsdp2(super()._to_sharded)
+
+    def _by_fsdp2(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Let FSDP2 do it, with the parameters that it must ask."""
+        if not self._unit.alone:
+            return method(*arguments)
+        everyone, self.fsdp_params = self.fsdp_params, self._unit.few
         try:
-            super()._to_sharded()  # type: ignore[no-untyped-call]
+            method(*arguments)
         finally:
             self.fsdp_params = everyone
-
-    def _show_few(self) -> list[FSDPParam]:
-        """Have FSDP2 see the parameters that it must ask; returns what it saw."""
-        everyone = self.fsdp_params
-        if self._unit.alone:
-            self.fsdp_params = self._unit.few
-        return everyone
 
 
 def adopt(unit: "GatherUnit", group: FSDPParamGroup, weights: "Sequence[GatherWeight]") -> None:
@@ -154,7 +186,8 @@ def adopt(unit: "GatherUnit", group: FSDPParamGroup, weights: "Sequence[GatherWe
             weight.fsdp_param._weight = weight  # type: ignore[attr-defined]
     if type(group) is FSDPParamGroup and all(type(w.fsdp_param) is GatheredParam for w in weights):
         group.__class__ = GatheredGroup
-        group._unit = unit  # type: ignore[attr-defined]
+        group._unit, group._own = unit, False  # type: ignore[attr-defined]
 
 
+_transformed: Any = torch._C._are_functorch_transforms_active
 _compiled_autograd: Any = getattr(_fsdp_common, "compiled_autograd_enabled", lambda: False)

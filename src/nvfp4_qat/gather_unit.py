@@ -1,4 +1,7 @@
-"""`GatherUnit`: how the packed weights of one FSDP unit (parameter group) go through FSDP2's all-gather.
+"""`GatherUnit`: how the packed weights of one FSDP unit (parameter group) are gathered.
+
+From its second gather on a unit gathers all by itself (`gather_wire`), where nothing is out of the ordinary. Else its
+packed weights go through FSDP2's all-gather, as follows.
 
 FSDP2 copies what the parameters hand it into one buffer, gathers that, and copies the result into a buffer for each
 parameter. For bytes that already lie in one buffer, and that a kernel reads anyway, both copies are a waste. So the
@@ -19,18 +22,18 @@ then share one piece of memory for each dtype, allocated and freed at once. Wher
 they are collected in order, and filled with the last one.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState, alloc_storage
 
 from .errors import MismatchError
 from .fsdp import ShardedMaster
+from .gather_comm import PackedAllGather
+from .gather_wire import Wire
 from .multi_unpack import Unpacks
 from .shards import Unit
 
@@ -82,6 +85,7 @@ class GatherUnit:
         self._unpacks: Unpacks | None = None
         self._group, self._keep = group, keep
         self._comm: PackedAllGather | None = None
+        self._wire: Wire | None = None
 
     def _dtype_of_others(self, group: Any) -> torch.dtype:
         """In which FSDP2 gathers what is not packed, uint8 if in several: it would make bytes of all if one differs."""
@@ -120,18 +124,63 @@ class GatherUnit:
 
     def prepare(self) -> None:
         """After `contribution` of the first weight: whether it stands for all of them."""
-        if self.alone or (self.packed.world > 1 and all(p._weight.here(p) for p in self._params)):
+        if self.alone or (self.packed.world > 1 and all(map(_in_place, self._params))):
             self.asked, self.ready = len(self._params), True
 
     def one_for_all(self) -> bool:
-        """Whether the first weight can stand for all of them, in whatever FSDP2 does until the next gather."""
-        if not self._memories or not self._places or self._params[0].offload_to_cpu:
-            return False
-        for p in self._params:  # `GatherWeight.here`, without its call
-            shard = p.sharded_param._local_tensor
-            if type(shard) is not ShardedMaster or shard._memory is not p._weight.memory:
-                return False
-        return True
+        """Whether the first weight can stand for all of them, in whatever FSDP2 does until the next gather.
+
+        The same on every rank: what is sent depends on it.
+        """
+        return bool(self._memories and self._places) and not self._params[0].offload_to_cpu
+
+    def make_fresh(self) -> None:
+        """Pack if that is due, after a look at every shard: FSDP2 may have put one in other memory, on some ranks only.
+
+        Raises:
+            MismatchError: one was replaced by another tensor, which FSDP2 would gather as it is.
+        """
+        first = self.first()
+        for p in self._params:
+            if p._weight is first or not _in_place(p):
+                first.gather.ensure_fresh(p._weight, p._weight.shard())
+
+    def own_gather(self) -> Any:
+        """FSDP2's ``AllGather`` if `send` may use it, after `one_for_all`."""
+        comm = self._group._all_gather_comm
+        if isinstance(comm, PackedAllGather):
+            comm = comm.inner
+        if self.packed.world == 1 or type(comm).__name__ not in WRAPPED:
+            return None
+        if self._wire is None:
+            passengers = [p for p in self.few if p is not self._params[0]]
+            if not Wire.carries(self.packed, passengers):
+                return None
+            self._wire = Wire(self.packed, self._group, passengers, self._keep)
+        return comm
+
+    def send(self, comm: Any, async_op: bool, copies: Any, gathers: Any) -> Any:
+        """Begin an all-gather of everything in the unit, packed before if that is due; see `Wire.gather`."""
+        assert self._wire is not None
+        self.begin()
+        with self._group.device_handle.stream(copies):
+            self.make_fresh()
+        self._gathered_version = self.version
+        return self._wire.gather(self.version, comm, async_op, copies, gathers)
+
+    def receive(self, result: Any) -> None:
+        """Fill all parameters from what `send` gathered, on the current stream, which has waited for it.
+
+        Raises:
+            MismatchError: as `fill`.
+        """
+        assert self._wire is not None
+        gather = self.first().gather
+        gather.streams.reads()
+        for memory in self._memories:
+            alloc_storage(memory)
+        self._fill(self._wire.packed_bytes(result), gather.packer.g, [p._unsharded_param for p in self._params])
+        self._wire.deliver(result)
 
     def put(self, state: ShardedState) -> bool:
         """Give the modules their sharded or unsharded parameters, and free the latter's memory with the former.
@@ -228,25 +277,28 @@ class GatherUnit:
         Raises:
             MismatchError: the weights were packed again between the gather and this; the next forward gathers anew.
         """
+        source = self.packed.buffer if self.packed.world == 1 else self._bytes
+        if self._token_sent and self._comm is not None:
+            source = self._comm.take()
+        self._fill(source, g, self._outs)
+        if self._bytes is not None:
+            self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
+        self._outs, self._bytes = [], None
+
+    def _fill(self, source: Tensor | None, g: Tensor, outs: Sequence[Tensor]) -> None:
         if self._gathered_version != self.version:
             self.give_up()
             raise MismatchError(
                 f"{self.packed.shards[0].name} was gathered before the weights changed and unsharded after it: wait "
                 "for the handle of unshard(async_op=True) before the optimizer step"
             )
-        if self._unpacks is None:
-            self._unpacks = self.packed.unpacks()
-        source = self.packed.buffer if self.packed.world == 1 else self._bytes
-        if self._token_sent and self._comm is not None:
-            source = self._comm.take()
         if source is None or source.numel() < self.packed.world * self.packed.nbytes:
             self.give_up()  # FSDP2 would come back with the same bytes
             raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered as a whole")
+        if self._unpacks is None:
+            self._unpacks = self.packed.unpacks()
         with torch.no_grad():
-            self._unpacks(source, g, self._outs)
-        if self._bytes is not None:
-            self._bytes.untyped_storage().resize_(0)  # FSDP2 would keep them until it reshards
-        self._outs, self._bytes = [], None
+            self._unpacks(source, g, outs)
 
     def give_up(self) -> None:
         """Forget the gather under way, and room for other tensors than it brings: the next unshard begins another."""
@@ -261,6 +313,8 @@ class GatherUnit:
         """Free gathered bytes that are kept: they are not those of the next forward."""
         if self._comm is not None:
             self._comm.release()
+        if self._wire is not None:
+            self._wire.release()
 
     def _wrap_the_next(self) -> None:
         """Have the next gather done by `PackedAllGather`, where that is of use."""
@@ -273,81 +327,7 @@ class GatherUnit:
         return self._comm is not None and self._group._all_gather_comm is self._comm
 
 
-class PackedAllGather(DefaultAllGather):
-    """An all-gather of FSDP2 that brings the packed bytes of a unit along.
-
-    FSDP2 lets it be replaced like its own: then the next gather is done by what it was replaced with.
-
-    Args:
-        inner: what does the gathering.
-        packed: whose buffer is gathered.
-        keep: whether what was gathered is used again while ``wanted`` stays the same.
-
-    Source of the interface: ``AllGather`` in torch 2.11-2.13 ``torch/distributed/fsdp/_fully_shard/_fsdp_api.py``.
-    """
-
-    def __init__(self, inner: Any, packed: Unit, keep: bool = False) -> None:
-        self.inner, self._packed, self._keep = inner, packed, keep
-        self.wanted = -1
-        """Which packing of the unit is to be gathered."""
-        self._kept: Tensor | None = None
-        self._kept_version = -1
-        self._room, self._alone, self._joint = (
-            packed.world * t.numel() for t in (packed.tail, packed.buffer, packed.memory)
-        )
-        self._gathered: Tensor | None = None
-        self._work: Any = None
-        self._tail = packed.tail
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """FSDP2's output, and room for the bytes of all ranks: in front of it, where these are not to outlive it."""
-        nbytes = (size[0] if len(size) == 1 else math.prod(size)) * dtype.itemsize
-        start = self._joint if nbytes <= self._room else self._alone
-        if self._keep:
-            if self._kept is None or self._kept_version != self.wanted:
-                self._kept = None  # before there is another
-                self._gathered = self.inner.allocate((start,), dtype=torch.uint8, device=device)
-            else:
-                self._gathered = self._kept
-            apart: Tensor = self.inner.allocate(size, dtype=dtype, device=device)
-            return apart
-        whole: Tensor = self.inner.allocate((start + nbytes,), dtype=torch.uint8, device=device)
-        self._gathered = whole[:start]
-        rest = whole[start:]
-        return rest if dtype == torch.uint8 else rest.view(dtype)
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        packed, gathered = self._packed, self._gathered
-        assert gathered is not None
-        if gathered is self._kept:
-            return self.inner(output_tensor, input_tensor, group, async_op)
-        joint = gathered.numel() > self._alone
-        if async_op or not joint:  # no time to copy the output, or no room for the input
-            self._work = self.inner(gathered, packed.memory if joint else packed.buffer, group, async_op)
-            return self.inner(output_tensor, input_tensor, group, async_op)
-        dtype, n = input_tensor.dtype, input_tensor.numel()
-        if self._tail.dtype != dtype or self._tail.numel() != n:
-            self._tail = packed.tail[: n * dtype.itemsize].view(dtype)
-        self._tail.copy_(input_tensor)
-        work = self.inner(gathered, packed.memory, group)
-        typed, size = gathered.view(dtype), dtype.itemsize
-        strides = packed.memory.numel() // size, 1
-        rest = typed.as_strided((packed.world, n), strides, typed.storage_offset() + packed.nbytes // size)
-        output_tensor.view(packed.world, n).copy_(rest)
-        return work
-
-    def take(self) -> Tensor | None:
-        """The bytes gathered last, to be read on the current stream: a chunk for each rank, its packed bytes first."""
-        work, gathered = self._work, self._gathered
-        self._work = self._gathered = None
-        if work is not None:
-            work.wait()
-        if self._keep and gathered is not None:
-            if gathered.is_cuda:  # it may be freed on another stream than it is read on
-                gathered.record_stream(torch.cuda.current_stream(gathered.device))
-            self._kept, self._kept_version = gathered, self.wanted
-        return gathered
-
-    def release(self) -> None:
-        """Free what is kept."""
-        self._kept = None
+def _in_place(fsdp_param: Any) -> bool:
+    """Whether FSDP2's parameter still has its weight's master for its shard."""
+    shard = fsdp_param.sharded_param._local_tensor
+    return type(shard) is ShardedMaster and shard._memory is fsdp_param._weight.memory

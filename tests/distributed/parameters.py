@@ -11,6 +11,7 @@ import torch
 from helpers_distributed import Env, case
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 import nvfp4_qat as nq
 from distributed.instruments import raises_everywhere
@@ -72,6 +73,10 @@ def named(unit: GatherUnit) -> list[tuple[str, Any]]:
     return [(s.name.removeprefix("layers.1."), p) for s, p in zip(unit.packed.shards, unit._params, strict=True)]
 
 
+class OtherGather(DefaultAllGather):
+    """Not one that a unit uses for itself."""
+
+
 class Untouched(GatheredParam):
     """What FSDP2 must not ask."""
 
@@ -82,10 +87,13 @@ class Untouched(GatheredParam):
     init_all_gather_outputs = alloc_all_gather_outputs = init_unsharded_param = to_unsharded = to_sharded = _asked
 
 
-@case(2)
-def one_call_for_all(env: Env) -> None:
+@case(2, by_fsdp2={"by-fsdp2": True, "by-the-unit": False})
+def one_call_for_all(env: Env, by_fsdp2: bool) -> None:
     """FSDP2 goes through the first weight of a unit and what is not quantized, and sees all of them between."""
     pair, unit, layer = trained(env)
+    if by_fsdp2:
+        for each in layers(pair.model):
+            each.set_custom_all_gather(OtherGather())
     (group,) = param_groups(layer)
     everyone, first = list(group.fsdp_params), unit._params[0]
     assert unit.few == [p for p in everyone if p is first or p not in unit._params] and len(unit.few) > 1
@@ -93,20 +101,25 @@ def one_call_for_all(env: Env) -> None:
         p.__class__ = Untouched
     with mock.patch.object(GatherUnit, "collect", side_effect=AssertionError("one after the other")):
         layer.unshard()
-        assert unit.alone and unit.ready and unit.filled and unit.asked == 7 and group.fsdp_params == everyone
+        assert unit.alone and group.fsdp_params == everyone and group._own is not by_fsdp2
+        assert not by_fsdp2 or (unit.ready and unit.filled and unit.asked == 7)
         layer.reshard()
         pair.step()
     for p in unit._params[1:]:
         p.__class__ = GatheredParam
 
 
-@case(2)
-def an_error_while_few_are_shown(env: Env) -> None:
-    """FSDP2 sees all parameters again, also after an error."""
+@case(2, by_fsdp2={"by-fsdp2": True, "by-the-unit": False})
+def an_error_in_a_gather(env: Env, by_fsdp2: bool) -> None:
+    """FSDP2 sees all parameters again, and the next gather begins anew."""
     pair, unit, layer = trained(env)
+    if by_fsdp2:
+        for each in layers(pair.model):
+            each.set_custom_all_gather(OtherGather())
     (group,) = param_groups(layer)
     everyone = list(group.fsdp_params)
-    for what in ("prepare", "fill_all"):
+    own = "send", "receive"
+    for what in ("prepare", "fill_all") if by_fsdp2 else own:
         with mock.patch.object(GatherUnit, what, side_effect=KeyboardInterrupt):
             raises_everywhere(KeyboardInterrupt, layer.unshard)
         assert unit.alone and group.fsdp_params == everyone, what
