@@ -37,7 +37,7 @@ def sections(folder: Path = RESULTS) -> list[Section]:
     made: list[Section | None] = [
         claims(dense, moe, smollm2),
         comparison("Experiment 1: with and without QAT", dense, PLAIN, "dense.png"),
-        comparison("Experiment 1 at five times the learning rate", dense, FAST, "dense-fast.png"),
+        comparison("Experiment 1 at twice the learning rate", dense, FAST, "dense-fast.png"),
         comparison("Experiment 1 with a pretrained model", smollm2, PLAIN, "smollm2.png"),
         evaluations("Experiment 1 with a pretrained model: evaluation", smollm2),
         evaluations("Experiment 2: all layers or FFN only", dense),

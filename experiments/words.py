@@ -23,7 +23,7 @@ MODELS = {
 
 ARM_LABELS = {"bf16": "bf16", "noqat": "no QAT", "qat": "QAT", "qat-ffn": "QAT of FFN only"}
 
-SUFFIXES = {"": "", "-fast": " (lr × 5)"}
+SUFFIXES = {"": "", "-fast": " (lr × 2)"}
 """What a run's name says behind its arm."""
 
 PRECISIONS = {"bf16": "master weights, in bf16", "nvfp4": "in NVFP4", "nvfp4-ffn": "in NVFP4, attention in bf16"}
