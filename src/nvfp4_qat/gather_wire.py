@@ -43,6 +43,8 @@ class Wire:
         self._filled: list[Tensor] = []
         self._views: list[Tensor] = []
         """The passengers' buffers, and these as FSDP2's ranks see them."""
+        self._sent: Any = None
+        """When the last gather is done."""
         self._kept: Tensor | None = None
         self._kept_version = -1
 
@@ -76,6 +78,8 @@ class Wire:
         packed, group = self._packed, self._group
         kept = self._kept if self._kept_version == version else None
         send = self._all if kept is None else self._tail
+        if self._sent is not None:  # what is written now was read by that gather
+            copies.wait_event(self._sent)
         with group.device_handle.stream(copies):
             if self._tails:
                 torch._foreach_copy_(self._tails, [p._sharded_param_data for p in self._passengers])
@@ -87,7 +91,7 @@ class Wire:
         gathers.wait_stream(copies)
         with group.device_handle.stream(gathers):
             work = comm(output_tensor=out, input_tensor=send, group=group._all_gather_process_group, async_op=async_op)
-            event = gathers.record_event()
+            self._sent = event = gathers.record_event()
         if self._keep and kept is None:
             self._kept, self._kept_version = out, version
         return AllGatherResult(out, event, work, [], [], [])
