@@ -84,15 +84,16 @@ class GatherWeight:
         self.note_all([self])
 
     @staticmethod
-    def note_all(weights: "Iterable[GatherWeight]") -> "list[Gather]":
+    def note_all(weights: "Iterable[GatherWeight]") -> "set[Gather]":
         """The same of several; returns whose they are."""
-        owners = set()
+        gathers = set()
         for weight in weights:
             weight.generation += 1
             for unit in weight.affected:
                 unit.stale = True
-            owners.add(weight._gather)
-        gathers = [gather for owner in owners if (gather := owner()) is not None]
+            gather = weight._gather()
+            if gather is not None:
+                gathers.add(gather)
         for gather in gathers:
             gather.streams.wrote()
         return gathers

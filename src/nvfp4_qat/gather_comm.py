@@ -65,7 +65,8 @@ class PackedAllGather(DefaultAllGather):
             return self.inner(output_tensor, input_tensor, group, async_op)
         dtype, n = input_tensor.dtype, input_tensor.numel()
         if self._tail.dtype != dtype or self._tail.numel() != n:
-            self._tail = packed.tail[: n * dtype.itemsize].view(dtype)
+            with torch.inference_mode(False):  # training may follow
+                self._tail = packed.tail[: n * dtype.itemsize].view(dtype)
         self._tail.copy_(input_tensor)
         work = self.inner(gathered, packed.memory, group)
         typed, size = gathered.view(dtype), dtype.itemsize

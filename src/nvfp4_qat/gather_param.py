@@ -15,8 +15,9 @@ Source of what is replaced: in torch 2.11 and 2.13 ``FSDPParam.all_gather_inputs
 ``FSDPParamGroup.unshard`` and ``wait_for_unshard`` in ``_fsdp_param_group.py`` there.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ COMPARED = ("2.11.", "2.13.")
 """Versions of torch."""
 
 _NOTHING: list[Tensor] = []
+_P = ParamSpec("_P")
 
 
 class GatheredParam(FSDPParam):
@@ -115,6 +117,19 @@ class GatheredParam(FSDPParam):
         super().to_sharded()
 
 
+def _untransformed(function: Callable[_P, None]) -> Callable[_P, None]:
+    """Outside of functorch, as FSDP2 has it since torch 2.13: what is sent must not depend on a rank's transforms."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if torch._C._are_functorch_transforms_active():
+            with torch._C._DisableFuncTorch():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
 class GatheredGroup(FSDPParamGroup):
     """A parameter group of FSDP2 that goes through the first weight of its unit only, where that one stands for all.
 
@@ -125,10 +140,11 @@ class GatheredGroup(FSDPParamGroup):
     _own: bool
     """Whether the gather under way is the unit's own."""
 
+    @_untransformed
     def unshard(self, async_op: bool = False) -> None:
         unit, comm = self._unit, None
         if self._all_gather_result is None and not self.is_unsharded:
-            unit.alone = unit.one_for_all() and not _compiled_autograd() and not _transformed()
+            unit.alone = unit.one_for_all() and not _compiled_autograd()
             comm = unit.own_gather() if unit.alone else None
             self._own = comm is not None
         if comm is None:
@@ -138,6 +154,7 @@ class GatheredGroup(FSDPParamGroup):
                 streams = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)
                 self._all_gather_result = unit.send(comm, async_op, *streams)
 
+    @_untransformed
     def wait_for_unshard(self) -> None:
         result = self._all_gather_result
         if result is None or not self._own:
@@ -189,5 +206,4 @@ def adopt(unit: "GatherUnit", group: FSDPParamGroup, weights: "Sequence[GatherWe
         group._unit, group._own = unit, False  # type: ignore[attr-defined]
 
 
-_transformed: Any = torch._C._are_functorch_transforms_active
 _compiled_autograd: Any = getattr(_fsdp_common, "compiled_autograd_enabled", lambda: False)

@@ -116,7 +116,9 @@ class GatherUnit:
         if self._comm is not None:
             self._comm.wanted = self.version
         if by_comm != self._token_sent:  # of another size than FSDP2 has made room for
-            self._params[0].all_gather_outputs = []
+            sent = self._token if by_comm else self.packed.buffer
+            with torch.inference_mode(False):  # training may follow
+                self._params[0].all_gather_outputs = [sent.new_empty(self.packed.world * sent.numel())]
             self._token_sent = by_comm
         if not by_comm:
             self._wrap_the_next()
@@ -151,12 +153,15 @@ class GatherUnit:
         if isinstance(comm, PackedAllGather):
             comm = comm.inner
         if self.packed.world == 1 or type(comm).__name__ not in WRAPPED:
+            if self._wire is not None:
+                self._wire.passed_over()
             return None
         if self._wire is None:
             passengers = [p for p in self.few if p is not self._params[0]]
             if not Wire.carries(self.packed, passengers):
                 return None
-            self._wire = Wire(self.packed, self._group, passengers, self._keep)
+            with torch.inference_mode(False):  # training may follow
+                self._wire = Wire(self.packed, self._group, passengers, self._keep)
         return comm
 
     def send(self, comm: Any, async_op: bool, copies: Any, gathers: Any) -> Any:
@@ -166,6 +171,8 @@ class GatherUnit:
         with self._group.device_handle.stream(copies):
             self.make_fresh()
         self._gathered_version = self.version
+        if self._comm is not None:
+            self._comm.release()
         return self._wire.gather(self.version, comm, async_op, copies, gathers)
 
     def receive(self, result: Any) -> None:
@@ -292,7 +299,7 @@ class GatherUnit:
                 f"{self.packed.shards[0].name} was gathered before the weights changed and unsharded after it: wait "
                 "for the handle of unshard(async_op=True) before the optimizer step"
             )
-        if source is None or source.numel() < self.packed.world * self.packed.nbytes:
+        if source is None or source.nbytes < self.packed.world * self.packed.nbytes:
             self.give_up()  # FSDP2 would come back with the same bytes
             raise MismatchError(f"the packed bytes of {self.packed.shards[0].name} were not gathered as a whole")
         if self._unpacks is None:

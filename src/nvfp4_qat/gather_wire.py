@@ -44,7 +44,9 @@ class Wire:
         self._views: list[Tensor] = []
         """The passengers' buffers, and these as FSDP2's ranks see them."""
         self._sent: Any = None
-        """When the last gather is done."""
+        """When the last gather on FSDP2's own streams is done."""
+        self._used: Tensor | None = None
+        """What is kept, for the gather under way: it may be released meanwhile."""
         self._kept: Tensor | None = None
         self._kept_version = -1
 
@@ -77,8 +79,10 @@ class Wire:
         """
         packed, group = self._packed, self._group
         kept = self._kept if self._kept_version == version else None
-        send = self._all if kept is None else self._tail
-        if self._sent is not None:  # what is written now was read by that gather
+        send, self._used = self._all if kept is None else self._tail, kept
+        if self._sent is None:  # what is written now may be read by a gather of FSDP2
+            copies.wait_stream(gathers)
+        else:
             copies.wait_event(self._sent)
         with group.device_handle.stream(copies):
             if self._tails:
@@ -98,11 +102,12 @@ class Wire:
 
     def packed_bytes(self, result: AllGatherResult) -> Tensor:
         """Those of all ranks, each with what travelled with them, to be read on the current stream."""
-        if self._kept is None:
-            return result.all_gather_output
-        if self._kept.is_cuda:  # it may be freed on another stream than it is read on
-            self._kept.record_stream(torch.cuda.current_stream(self._kept.device))
-        return self._kept
+        source, self._used = self._used, None
+        if source is None:
+            source = result.all_gather_output
+        if self._keep and source.is_cuda:  # it may be freed on another stream than it is read on
+            source.record_stream(torch.cuda.current_stream(source.device))
+        return source
 
     @torch.no_grad()
     def deliver(self, result: AllGatherResult) -> None:
@@ -125,6 +130,10 @@ class Wire:
         counted = tuple(t for t in self._views if not t.is_inference())
         with torch.autograd._unsafe_preserve_version_counter(counted):  # type: ignore[attr-defined]
             torch.split_with_sizes_copy(rest, self._sizes, dim=1, out=self._views)
+
+    def passed_over(self) -> None:
+        """FSDP2 gathers the unit next."""
+        self._sent = None
 
     def release(self) -> None:
         """Free what is kept."""

@@ -105,6 +105,7 @@ again(traffic, 2, HERE, general, GENERAL, one_of("nothing_unsharded_stays[mixed]
 again(features, 2, HERE, apart, APART, one_of("explicit_unshard[async]"))
 again(training, 2, HERE, kept, KEPT, lambda name: name in {f"trains_as_module_mode[{variant}]" for variant in TRAINING})
 again(training, 2, HERE, kept, KEPT, one_of("gradient_accumulation[last]", "global_scales_move", "frozen_weights"))
+again(features, 2, HERE, kept, KEPT, one_of("optimizer_in_backward"))
 again(training, 2, HERE, kept, KEPT, one_of("evaluation_between_steps", "a_policy_and_its_frozen_reference"))
 again(features, 2, HERE, kept, KEPT, one_of("explicit_unshard", "explicit_prefetching", "unshard_across_a_step"))
 again(
