@@ -283,3 +283,22 @@ def frozen_between_steps(env: Env) -> None:
         assert layer.mlp.down_proj.weight.requires_grad is wanted
         layer.reshard()
     pair.step()
+
+
+@case(
+    2,
+    variant={
+        f"{when}-{which}": {"kept": when == "kept", "reshard_after_forward": which == "resharded"}
+        for when in ("kept", "each-time")
+        for which in ("resharded", "never-resharded")
+    },
+)
+def evaluated_between_the_first_steps(env: Env, kept: bool, **options: Any) -> None:
+    """What a unit makes for its own gather while it is evaluated in inference mode serves training too."""
+    with keeping() if kept else contextlib.nullcontext():
+        pair = Pair(env, policy=MIXED, **options)
+    pair.step()
+    with torch.inference_mode():
+        pair.model(pair.inputs()[env.rank])
+    for _ in range(2):
+        pair.step()
