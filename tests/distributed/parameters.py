@@ -77,6 +77,14 @@ class OtherGather(DefaultAllGather):
     """Not one that a unit uses for itself."""
 
 
+def gathered_by(pair: Pair, layer: Any, by_fsdp2: bool) -> list[Any]:
+    """The layer's parameter groups, after all layers were given another all-gather or not."""
+    if by_fsdp2:
+        for each in layers(pair.model):
+            each.set_custom_all_gather(OtherGather())
+    return list(param_groups(layer))
+
+
 class Untouched(GatheredParam):
     """What FSDP2 must not ask."""
 
@@ -91,10 +99,7 @@ class Untouched(GatheredParam):
 def one_call_for_all(env: Env, by_fsdp2: bool) -> None:
     """FSDP2 goes through the first weight of a unit and what is not quantized, and sees all of them between."""
     pair, unit, layer = trained(env)
-    if by_fsdp2:
-        for each in layers(pair.model):
-            each.set_custom_all_gather(OtherGather())
-    (group,) = param_groups(layer)
+    (group,) = gathered_by(pair, layer, by_fsdp2)
     everyone, first = list(group.fsdp_params), unit._params[0]
     assert unit.few == [p for p in everyone if p is first or p not in unit._params] and len(unit.few) > 1
     for p in unit._params[1:]:
@@ -113,10 +118,7 @@ def one_call_for_all(env: Env, by_fsdp2: bool) -> None:
 def an_error_in_a_gather(env: Env, by_fsdp2: bool) -> None:
     """FSDP2 sees all parameters again, and the next gather begins anew."""
     pair, unit, layer = trained(env)
-    if by_fsdp2:
-        for each in layers(pair.model):
-            each.set_custom_all_gather(OtherGather())
-    (group,) = param_groups(layer)
+    (group,) = gathered_by(pair, layer, by_fsdp2)
     everyone = list(group.fsdp_params)
     own = "send", "receive"
     for what in ("prepare", "fill_all") if by_fsdp2 else own:
